@@ -102,6 +102,56 @@ def test_the_random_numbers_go_on(tmp_path, saved):
     assert torch.equal(torch.rand(3), expected)
 
 
+class OnGPU(TrainingState):
+    """A state that says that its weights are on a GPU."""
+
+    device = torch.device("cuda")
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> list[torch.Tensor]:
+    """The states that are set in the random number generator of a GPU."""
+    states: list[torch.Tensor] = []
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda: torch.arange(16, dtype=torch.uint8))
+    monkeypatch.setattr(torch.cuda, "set_rng_state", states.append)
+    return states
+
+
+def on_gpu(state: TrainingState) -> TrainingState:
+    return OnGPU(state.model, state.optimizer, step=state.step)
+
+
+def saved_once(state: TrainingState, folder: Path) -> Path:
+    return save_checkpoint(folder, state.as_dict(), keep=1)
+
+
+@pytest.mark.parametrize("where", [TrainingState, OnGPU])
+def test_a_run_that_began_without_a_gpu_goes_on_where_there_is_one(
+    tmp_path, gpu, monkeypatch, where
+):
+    path = saved_once(new_state(), tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    resumed = new_state(seed=1)
+    load_checkpoint(path, where(resumed.model, resumed.optimizer))
+    assert gpu == []
+    for ours, theirs in zip(
+        resumed.model.parameters(), new_state().model.parameters(), strict=True
+    ):
+        assert torch.equal(ours, theirs)
+
+
+def test_a_run_that_began_on_a_gpu_goes_on_without_one(tmp_path, gpu):
+    path = saved_once(on_gpu(new_state()), tmp_path)
+    load_checkpoint(path, new_state(seed=1))
+    assert gpu == []
+
+
+def test_the_random_numbers_of_a_gpu_go_on(tmp_path, gpu):
+    path = saved_once(on_gpu(new_state()), tmp_path)
+    load_checkpoint(path, on_gpu(new_state(seed=1)))
+    assert [state.tolist() for state in gpu] == [[*range(16)]]
+
+
 def test_the_last_ones_are_kept(tmp_path):
     state = new_state()
     for _ in range(4):

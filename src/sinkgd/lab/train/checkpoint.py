@@ -109,7 +109,11 @@ def _read(content: Content, path: Path, world: World) -> Content:
     """Read the tensors that ``content`` holds, in place, and its other values."""
     with _quiet(world):
         reader = SafeReader(path)
-        reader.read_metadata()  # its errors already have a message for the user
+        metadata = reader.read_metadata()  # its errors already have a message for the user
+        # A run that was begun on a CPU has no state of a GPU's generator, and may continue on a
+        # GPU. That generator then keeps the state that the run's seed gave it.
+        if "random.cuda" not in metadata.state_dict_metadata:
+            content.get("random", {}).pop("cuda", None)
         load(
             content,
             storage_reader=reader,

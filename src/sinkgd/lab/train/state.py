@@ -91,6 +91,11 @@ class TrainingState:
     memory: Memory = field(default_factory=lambda: Memory(0, 0, 0, 0))  # maximum of each part
     clock: float = field(default_factory=time.perf_counter)  # time up to which wall_seconds counts
 
+    @property
+    def device(self) -> torch.device:
+        """The device of the weights."""
+        return next(self.model.parameters()).device
+
     def update_totals(self, device: torch.device) -> None:
         """Update ``wall_seconds`` and ``memory`` to the present."""
         now = time.perf_counter()
@@ -110,7 +115,7 @@ class TrainingState:
                 "wall_seconds": self.wall_seconds,
                 "memory": asdict(self.memory),
             },
-            "random": _random_state(),
+            "random": _random_state(self.device),
         }
 
     def load_dict(self, content: dict[str, Any]) -> None:
@@ -124,9 +129,10 @@ class TrainingState:
         _set_random_state(content["random"])
 
 
-def _random_state() -> dict[str, torch.Tensor]:
+def _random_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """Return the states of the random number generators that a run on ``device`` draws from."""
     state = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
+    if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state()
     return state
 
