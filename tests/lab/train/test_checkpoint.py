@@ -160,6 +160,19 @@ def test_the_last_ones_are_kept(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000003", "step-00000004"]
 
 
+@pytest.mark.parametrize("keep", [1, 2, 3])
+def test_a_damaged_later_one_is_deleted_and_never_the_new_one(saved, keep):
+    folder, state = saved
+    shutil.copytree(folder / "step-00000002", folder / "step-00000009")
+    flip_a_byte(folder / "step-00000009" / "__0_0.distcp")
+    train(state, 1)
+    path = save_checkpoint(folder, state.as_dict(), keep=keep)
+    assert checkpoints(folder) == [folder / f"step-0000000{k}" for k in (1, 2, 3)][-keep:]
+    found = latest_valid(folder)
+    assert found is not None
+    assert (found.path, found.damages) == (path, ())
+
+
 def test_nothing_saved_is_nothing_found(tmp_path):
     assert latest_valid(tmp_path / "absent") is None
 

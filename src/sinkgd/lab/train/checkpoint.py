@@ -51,7 +51,7 @@ _PARTIAL = ".partial"  # suffix of a folder that is being written
 def save_checkpoint(
     folder: Path, content: Content, *, keep: int, world: World | None = None
 ) -> Path:
-    """Write ``folder/step-…`` and delete all but the last ``keep`` checkpoints.
+    """Write ``folder/step-…`` and delete all checkpoints but it and the ``keep`` - 1 before it.
 
     This is a collective call.
 
@@ -171,7 +171,9 @@ def _own_checksums(folder: Path, world: World) -> dict[str, str]:
 
 
 def _publish(partial: Path, path: Path, sums: dict[str, str], *, keep: int) -> None:
-    """Give a complete checkpoint its name, and delete all but the last ``keep`` checkpoints.
+    """Give a complete checkpoint its name, and delete all but it and the ``keep`` - 1 before it.
+
+    Later checkpoints are those that the run could not resume from because they are damaged.
 
     Args:
         partial: Folder that holds the files.
@@ -187,8 +189,10 @@ def _publish(partial: Path, path: Path, sums: dict[str, str], *, keep: int) -> N
     _clear(path)  # there may be an older, damaged checkpoint of the same step
     partial.rename(path)
     sync_folder(path.parent)
-    for old in checkpoints(path.parent)[:-keep]:
-        _clear(old)
+    found = checkpoints(path.parent)
+    end = found.index(path) + 1
+    for unneeded in (*found[end:], *found[: max(0, end - keep)]):
+        _clear(unneeded)
 
 
 def _clear(path: Path) -> None:
