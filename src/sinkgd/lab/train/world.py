@@ -7,6 +7,7 @@ make the same calls in the same order.
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any, TypeVar
 
 import torch
@@ -16,6 +17,10 @@ from sinkgd.lab.launch import launched_ranks
 from sinkgd.lab.train.heartbeat import Heartbeat
 
 T = TypeVar("T")
+
+# Others wait for a slow rank, such as the first while it prepares a large text, which may take
+# longer than torch's default of 30 minutes. Lost ranks are detected by their heartbeats.
+_TIMEOUT = timedelta(days=365)
 
 
 class World:
@@ -80,7 +85,7 @@ class World:
         """Return the same ranks with a separate process group, for another thread."""
         if self.group is None:
             return self
-        return World(self.rank, self.size, dist.new_group(backend="gloo"), self.heartbeat)
+        return World(self.rank, self.size, _new_group(), self.heartbeat)
 
     def explain(self, error: Exception) -> Exception:
         """Return the cause of an error: a lost rank if there is one, else the error itself."""
@@ -109,7 +114,7 @@ def join_world(device: torch.device) -> Iterator[World]:
         return
     if not found:
         _start_process_group(device)
-    world = World(dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
+    world = World(dist.get_rank(), dist.get_world_size(), _new_group())
     with Heartbeat.connect(world.rank, world.from_each) as heartbeat:
         world.heartbeat = heartbeat
         yield world
@@ -129,6 +134,12 @@ def _start_process_group(device: torch.device) -> None:
         rank=rank,
         world_size=size,
     )
+
+
+def _new_group() -> dist.ProcessGroup:
+    """Return a new process group of all ranks, for messages."""
+    group: dist.ProcessGroup = dist.new_group(backend="gloo", timeout=_TIMEOUT)
+    return group
 
 
 def _outcome(function: Callable[[], T]) -> tuple[T | None, Exception | None]:
