@@ -1,9 +1,12 @@
 """Ranks that die, hang, fail or are told to stop: all end, by name, and go on exactly."""
 
+import errno
 import os
 import resource
 import signal
+import threading
 import time
+from types import SimpleNamespace
 
 import pytest
 import torch.distributed as dist
@@ -130,6 +133,48 @@ def test_a_store_that_does_not_answer_ends_the_process(quick, ends):
     with first:
         wait_until(lambda: ends)
     assert "the first node is lost: its store does not answer: Broken pipe" in words[0]
+
+
+@pytest.mark.parametrize("what", ["results", "standard error"])
+def test_a_full_disk_does_not_keep_a_process_that_waits(
+    quick, store, ends, capsys, monkeypatch, what
+):
+    def fill_the_disk(_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    first, _ = watches(store)
+    if what == "results":
+        first.before_exit = fill_the_disk
+    else:
+        full = SimpleNamespace(write=fill_the_disk, writelines=fill_the_disk)
+        monkeypatch.setattr(heartbeat.sys, "stderr", full)
+        monkeypatch.setattr(threading, "excepthook", lambda _: None)
+    with first:
+        wait_until(lambda: ends)
+    assert ends == [1]
+    if what == "results":
+        lost, unrecorded = capsys.readouterr().err.splitlines()
+        assert lost.startswith("error: rank 1 (second-host, process 11) is lost")
+        assert unrecorded.endswith("cannot be recorded: [Errno 28] No space left on device")
+
+
+def test_a_heartbeat_does_not_replace_a_report_of_a_failure(quick, ends):
+    began = threading.Event()
+
+    class Slow(HashStore):
+        def set(self, key, value):
+            if key == "rank 0" and value.isdigit():
+                began.set()
+                time.sleep(0.2)
+            super().set(key, value)
+
+    store = Slow()
+    store.set("rank 1", "0")
+    first, _ = watches(store)
+    with first:
+        assert began.wait(5)
+        first.explain(ValueError("no room"))
+    assert store.get("rank 0") == b"failed: no room"
 
 
 @pytest.fixture(scope="module")

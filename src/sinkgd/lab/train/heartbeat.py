@@ -78,6 +78,8 @@ class Heartbeat:
         self._found, self._ended = threading.Event(), threading.Event()
         self._lost: LostRankError | None = None
         self._explained: Exception | None = None
+        # Keeps a heartbeat from replacing the report of a failure in the store.
+        self._writing = threading.Lock()
         self._thread = threading.Thread(target=self._monitor, daemon=True)
 
     @classmethod
@@ -136,8 +138,9 @@ class Heartbeat:
         if type(error) is RuntimeError or isinstance(error, DistError):
             self._explained = self._behind_broken_connection() or error
         else:
-            self._explained = error
-            self._store.set(_key(self._own), f"{_FAILED}{error}")
+            with self._writing:
+                self._explained = error
+                self._store.set(_key(self._own), f"{_FAILED}{error}")
         return self._explained
 
     def _behind_broken_connection(self) -> LostRankError | None:
@@ -173,8 +176,9 @@ class Heartbeat:
     def _exchange_heartbeats(self, beat: int) -> list[str]:
         """Write a heartbeat, unless this rank has reported a failure; return those of all ranks."""
         keys = [_key(rank.number) for rank in self._ranks]
-        if self._explained is None:
-            self._store.set(keys[self._own], str(beat))
+        with self._writing:
+            if self._explained is None:
+                self._store.set(keys[self._own], str(beat))
         return [received.decode() for received in self._store.multi_get(keys)]
 
     def _reason(self, beats: Sequence[str], silent_seconds: Sequence[float]) -> str | None:
@@ -192,10 +196,19 @@ class Heartbeat:
         self._found.set()
         # Without an exit, this rank may wait forever for the lost rank.
         if not self._ended.wait(GRACE_SECONDS):
+            try:
+                self._report()
+            finally:
+                os._exit(1)
+
+    def _report(self) -> None:
+        lines = [f"error: {self._lost}\n"]
+        try:
             self.before_exit(str(self._lost))
-            sys.stderr.write(f"error: {self._lost}\n")
-            sys.stderr.flush()
-            os._exit(1)
+        except Exception as error:  # noqa: BLE001  the process has to end, e.g. on a full disk
+            lines.append(f"error: the end of the run cannot be recorded: {error}\n")
+        sys.stderr.writelines(lines)
+        sys.stderr.flush()
 
 
 def _loss(reason: str) -> LostRankError:
