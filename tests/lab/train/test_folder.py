@@ -11,8 +11,19 @@ import pytest
 from sinkgd.lab.cli import main
 from sinkgd.lab.experiments.study_record import STUDY_FILE
 from sinkgd.lab.results import Memory, ResultsError, ResultsWriter, RunEnd, RunStart
-from sinkgd.lab.train.config import ConfigError, RunConfig, TrainingConfig, save_config
+from sinkgd.lab.train.config import (
+    ConfigError,
+    DataConfig,
+    EvaluationConfig,
+    ModelConfig,
+    RunConfig,
+    TrainingConfig,
+    as_tables,
+    load_config,
+    save_config,
+)
 from sinkgd.lab.train.folder import Admission, RunFolder, RunFolderError, check_kind
+from sinkgd.lab.train.identity import with_absolute_paths
 
 CONFIG = RunConfig()
 START = RunStart("r", "sgd", 0, "sinkgd train", {}, {}, parameters=1, tokens_per_step=1)
@@ -70,6 +81,56 @@ def test_another_configuration_is_refused(begun):
     changed = replace(CONFIG, training=TrainingConfig(steps=7))
     with pytest.raises(ConfigError, match=r"training.steps was 400 and is now 7"):
         begun.admit(changed, "auto")
+
+
+RELATIVE = RunConfig(
+    data=DataConfig(corpus="texts/*.txt"),
+    model=ModelConfig(weights="../weights"),
+    evaluation=EvaluationConfig(other_corpus="other"),
+)
+
+
+@pytest.fixture
+def begun_here(folder, tmp_path, monkeypatch) -> RunFolder:
+    """A run that was begun with relative paths in another working directory than now."""
+    for name in ("here", "elsewhere"):
+        (tmp_path / name).mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with ResultsWriter(folder.results) as results:
+        results.write(replace(START, config=as_tables(RELATIVE)))
+    save_config(folder.config, with_absolute_paths(RELATIVE))
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    return folder
+
+
+def test_a_run_with_relative_paths_goes_on_from_another_folder_by_its_config_file(begun_here):
+    config = load_config(begun_here.config, RunConfig)
+    assert begun_here.admit(config, "auto") is Admission.GO_ON
+
+
+@pytest.mark.parametrize("name", ["model.weights", "evaluation.other_corpus"])
+def test_a_relative_path_means_another_file_in_another_folder(begun_here, name):
+    with pytest.raises(ConfigError, match=f"{name} was '.*' and is now '.*elsewhere"):
+        begun_here.admit(RELATIVE, "auto")
+
+
+@pytest.mark.parametrize("content", [None, "", "[model]\nweights = '/another/folder'\n"])
+def test_a_changed_config_file_does_not_change_what_a_run_began_with(
+    begun_here, tmp_path, monkeypatch, content
+):
+    saved = load_config(begun_here.config, RunConfig)
+    begun_here.config.unlink()
+    if content is not None:
+        begun_here.config.write_text(content, encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"model\.weights was '.*elsewhere/\.\./weights'"):
+        begun_here.admit(saved, "auto")
+    monkeypatch.chdir(tmp_path / "here")
+    assert begun_here.admit(RELATIVE, "auto") is Admission.GO_ON
+
+
+def test_the_embedded_text_has_no_path():
+    config = RunConfig(evaluation=EvaluationConfig(other_corpus="sotu"))
+    assert with_absolute_paths(config) == config
 
 
 def test_a_first_line_that_a_kill_cut_short_is_no_beginning(folder):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from sinkgd.lab.cli import main
-from sinkgd.lab.data import Manifest, Tokenizer, open_corpus, prepare, train_tokenizer
+from sinkgd.lab.data import DataError, Manifest, Tokenizer, open_corpus, prepare, train_tokenizer
 from sinkgd.lab.experiments.studies import find_study
 from sinkgd.lab.experiments.study_record import StudyRecord
 from sinkgd.lab.models import PRESETS, RotaryScaling, build_model
@@ -182,6 +182,21 @@ def test_a_finished_run_does_not_miss_its_text(config, here):
     train(config, here / "run")
     shutil.rmtree(here / "shards")
     assert train(config, here / "run").step == 12
+
+
+@pytest.mark.parametrize("given", ["config file", "another relative path"])
+def test_a_finished_run_does_not_miss_its_text_in_another_folder(config, here, tmp_path, given):
+    train(with_corpus(config, "shards"), here / "run")
+    saved = load_config(here / "run" / "config.toml", RunConfig)
+    shutil.rmtree(here / "shards")
+    elsewhere = tmp_path / "elsewhere"
+    elsewhere.mkdir()
+    os.chdir(elsewhere)
+    if given == "config file":
+        assert train(saved, here / "run").step == 12
+    else:
+        with pytest.raises(DataError, match="nothing found at 'shards'"):
+            train(with_corpus(config, "shards"), here / "run")
 
 
 @pytest.mark.parametrize("size", ["norm_eps", "rope_theta", "initializer_std"])

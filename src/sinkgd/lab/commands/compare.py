@@ -174,23 +174,25 @@ class Compare:
                 corpus.
         """
         from sinkgd.lab.data import DataError
-        from sinkgd.lab.train.identity import check_data, knows_its_text
+        from sinkgd.lab.train.identity import check_data, knows_its_text, with_absolute_paths
         from sinkgd.lab.train.run import print_to_stderr
         from sinkgd.lab.train.setup import open_dataset
 
         folders = [RunFolder(self.out / name) for name in runs]
-        starts = [folder.start() for folder in folders if folder.has_begun()]
-        known = [start for start in starts if knows_its_text(start)]
+        starts = {folder: folder.start() for folder in folders if folder.has_begun()}
+        known = {folder: start for folder, start in starts.items() if knows_its_text(start)}
         if not known:
             return
         corpus = self.shared.data.corpus
+        absolute = with_absolute_paths(self.shared).data.corpus
         try:
             dataset = open_dataset(self.shared.data, print_to_stderr)
         except DataError:
-            if finished and all(start.config["data"]["corpus"] == corpus for start in known):
+            same = (folder.config_of(run).data.corpus == absolute for folder, run in known.items())
+            if finished and all(same):
                 return  # nothing is left to train, so the text is not needed
             raise
-        for start in known:
+        for start in known.values():
             check_data(start, dataset.manifest, corpus)
 
     def _train(self, name: str, config: RunConfig) -> int:

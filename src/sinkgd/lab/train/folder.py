@@ -12,8 +12,8 @@ from typing import IO, Literal
 from sinkgd.lab.disk import is_special
 from sinkgd.lab.results import RESULTS_FILE, Run, RunStart
 from sinkgd.lab.train.checkpoint_validation import checkpoints
-from sinkgd.lab.train.config import RunConfig, read_tables
-from sinkgd.lab.train.identity import check_unchanged, knows_its_text
+from sinkgd.lab.train.config import ConfigError, RunConfig, load_config, read_tables
+from sinkgd.lab.train.identity import check_unchanged, knows_its_text, with_absolute_paths
 
 _STUDY_FILE = "study.jsonl"  # the STUDY_FILE of `sinkgd.lab.experiments.study_record`
 
@@ -127,13 +127,28 @@ class RunFolder:
                 "--resume auto to go on with it"
             )
         run = Run.read(self.results)
-        saved = read_tables(run.start.config, RunConfig, self.results)
+        saved = self.config_of(run.start)
         check_unchanged(saved, config, self.path, text_by_content=knows_its_text(run.start))
         return Admission.NOTHING if run.finished else Admission.GO_ON
 
     def start(self) -> RunStart:
         """Return the first record of the run here."""
         return Run.read(self.results).start
+
+    def config_of(self, start: RunStart) -> RunConfig:
+        """Return the configuration with which the run here began, with absolute paths.
+
+        The record has the paths as they were given, ``config.toml`` the absolute ones.
+
+        Args:
+            start: First record of the run.
+        """
+        saved = read_tables(start.config, RunConfig, self.results)
+        try:
+            located = load_config(self.config, RunConfig)
+        except (ConfigError, OSError):
+            located = None
+        return with_absolute_paths(saved, located)
 
     def last_step(self) -> int:
         """Return the last step that the results hold, or 0 if they hold none."""

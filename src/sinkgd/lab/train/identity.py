@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -31,12 +31,14 @@ from sinkgd.lab.models import (
     Sizes,
 )
 from sinkgd.lab.results import RunStart
-from sinkgd.lab.train.config import ConfigError, RunConfig, differences, may_change
+from sinkgd.lab.train.config import ConfigError, RunConfig, SharedConfig, differences, may_change
 from sinkgd.lab.train.machine import PACKAGES
 from sinkgd.optim.arguments import ADDED_LATER
 
 DATA, MODEL, OPTIMIZER = "data", "model", "optimizer"
 TOKENIZER, WEIGHTS = "tokenizer", "weights"
+_PATHS = (("data", "corpus"), ("model", "weights"), ("evaluation", "other_corpus"))
+Shared = TypeVar("Shared", bound=SharedConfig)
 _KINDS: Mapping[str, type[ModelSizes]] = {
     kind.__name__: kind for kind in (LlamaConfig, GPT2Config, LensConfig)
 }
@@ -265,20 +267,30 @@ def _in_words(name: str, value: Any) -> Any:
     return "not installed" if name in PACKAGES else "unknown"
 
 
-def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """Return a configuration that refers to the same files from every working directory."""
-    data, model, evaluation = config.data, config.model, config.evaluation
-    if data.corpus != EMBEDDED:
-        data = replace(data, corpus=_absolute(data.corpus))
-    if model.weights is not None:
-        model = replace(model, weights=_absolute(model.weights))
-    if evaluation.other_corpus is not None:
-        evaluation = replace(evaluation, other_corpus=_absolute(evaluation.other_corpus))
-    return replace(config, data=data, model=model, evaluation=evaluation)
+def with_absolute_paths(config: Shared, located: SharedConfig | None = None) -> Shared:
+    """Return a configuration that refers to the same files from every working directory.
+
+    Args:
+        config: A configuration.
+        located: A configuration that may have absolute paths of the same files. They replace
+            relative paths with which they end; other relative paths are those of the working
+            directory.
+    """
+    for table, field in _PATHS:
+        options = getattr(config, table)
+        path = getattr(options, field)
+        if path is None or (path == EMBEDDED and field != "weights"):
+            continue
+        found = None if located is None else getattr(getattr(located, table), field)
+        absolute = found if _is_end(path, of=found) else str(expanded(path).absolute())
+        config = replace(config, **{table: replace(options, **{field: absolute})})
+    return config
 
 
-def _absolute(path: str) -> str:
-    return str(expanded(path).absolute())
+def _is_end(path: str, *, of: str | None) -> bool:
+    """Whether ``of`` is an absolute path that ends with the relative path ``path``."""
+    parts = expanded(path).parts
+    return of is not None and Path(of).is_absolute() and Path(of).parts[-len(parts) :] == parts
 
 
 def _remedy(start: RunStart) -> str:

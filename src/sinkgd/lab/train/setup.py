@@ -40,6 +40,7 @@ from sinkgd.lab.train.identity import (
     content_of,
     knows_its_text,
     recorded_sizes,
+    with_absolute_paths,
 )
 from sinkgd.lab.train.machine import (
     keep_freed_memory,
@@ -278,7 +279,7 @@ def check_finished(folder: RunFolder, config: RunConfig, echo: Callable[[str], N
     try:
         dataset = open_dataset(config.data, echo)
     except DataError:
-        if config.data.corpus == start.config["data"]["corpus"]:
+        if with_absolute_paths(config).data.corpus == folder.config_of(start).data.corpus:
             return
         raise
     check_data(start, dataset.manifest, config.data.corpus)
