@@ -37,10 +37,11 @@ def _first_of_four_ranks():
     dist.destroy_process_group()
 
 
-def sharded(sizes: LlamaConfig, **mesh: int) -> Llama:
+def sharded(sizes: LlamaConfig, *, sequence_length: int = 16, **mesh: int) -> Llama:
     with torch.device("meta"):
         model = Llama(sizes)
-    shard_model(model, form_mesh(MeshConfig(**mesh), World(0, RANKS), torch.device("cpu")))
+    ranks = form_mesh(MeshConfig(**mesh), World(0, RANKS), torch.device("cpu"))
+    shard_model(model, ranks, sequence_length=sequence_length)
     return model.to_empty(device="cpu")
 
 
@@ -68,3 +69,13 @@ def test_ranks_that_do_not_divide_the_key_value_heads_are_refused():
     with pytest.raises(ConfigError, match=words):
         sharded(LLAMA_3, tp=4)
     assert sharded(replace(LLAMA_3, num_key_value_heads=None), tp=4)
+
+
+@pytest.mark.parametrize(("longest", "trained"), [(16, 15), (15, 14), (15, 15)])
+def test_ranks_must_divide_the_sequences_of_the_training_and_not_the_longest(longest, trained):
+    sizes = replace(LLAMA_3, max_sequence_length=longest)
+    if trained % 2 == 0:
+        assert sharded(sizes, sequence_length=trained, tp=2)
+        return
+    with pytest.raises(ConfigError, match=r"mesh\.tp is 2, which does not divide the 15 tokens of"):
+        sharded(sizes, sequence_length=trained, tp=2)

@@ -126,12 +126,13 @@ def mesh_shape(config: MeshConfig, ranks: int) -> tuple[int, int, int]:
 _TOKENS = Shard(1)  # shards the tokens t of a tensor (b, t, h)
 
 
-def shard_model(model: LanguageModel, mesh: Mesh) -> None:
+def shard_model(model: LanguageModel, mesh: Mesh, *, sequence_length: int) -> None:
     """Shard a model over the ranks, in place; a single process keeps it whole.
 
     Args:
         model: The model on the meta device; its weights are initialized after sharding.
         mesh: The ranks.
+        sequence_length: Tokens of every sequence that the model gets.
 
     Raises:
         ConfigError: If tp does not divide heads or tokens, or does not support the model.
@@ -144,19 +145,19 @@ def shard_model(model: LanguageModel, mesh: Mesh) -> None:
                 f"mesh.tp is {mesh.grid['tp'].size()}, but only a LLaMA can be divided by tp, and "
                 f"the model is a {type(model).__name__}; use mesh.tp 1 and mesh.dp_shard"
             )
-        _check_divisible(model, mesh.grid["tp"].size())
+        _check_divisible(model, mesh.grid["tp"].size(), sequence_length)
         _shard_matrices(model, mesh.grid["tp"])
     for layer in model.blocks:
         fully_shard(layer, mesh=mesh.data)
     fully_shard(model, mesh=mesh.data)
 
 
-def _check_divisible(model: Llama, ranks: int) -> None:
+def _check_divisible(model: Llama, ranks: int, sequence_length: int) -> None:
     config = model.config
     for what, size in (
         ("attention heads", config.num_heads),
         ("key-value heads", config.key_value_heads),
-        ("tokens of a sequence", config.max_sequence_length),
+        ("tokens of a sequence", sequence_length),
     ):
         if size % ranks:
             raise ConfigError(

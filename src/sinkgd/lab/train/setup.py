@@ -235,7 +235,8 @@ def _initialized_model(
         weights.check(sizes, manifest)
     if config.model.lora_rank:
         add_adapters(model, config.model.lora_rank)
-    shard_model(model.to(weight_dtype(training.precision)), mesh)
+    model.to(weight_dtype(training.precision))
+    shard_model(model, mesh, sequence_length=training.sequence_length)
     model.to_empty(device=mesh.device)
     if weights is None:
         model.initialize(training.seed)
