@@ -270,13 +270,47 @@ def test_nothing_is_said_where_nothing_changed(config, here):
     assert not [line for line in said if "warning" in line]
 
 
-def test_a_run_of_an_older_version_goes_on_with_a_warning(config, here):
-    config = stopped(with_corpus(config, "shards"), here / "run")
-    path = here / "run" / "run.jsonl"
+def rewrite_start(path: Path, change: Callable[[dict], object]) -> None:
     first, *rest = path.read_text("utf-8").splitlines(keepends=True)
     start = json.loads(first)
-    del start["inputs"]
+    change(start)
     path.write_text(json.dumps(start) + "\n" + "".join(rest), encoding="utf-8")
+
+
+@pytest.fixture
+def with_other(config, here) -> RunConfig:
+    """Settings that also score ``other``, a text with the tokenizer of ``shards``."""
+    shutil.copytree(here / "shards", here / "other")
+    evaluation = replace(config.evaluation, other_corpus="other")
+    return replace(with_corpus(config, "shards"), evaluation=evaluation)
+
+
+def prepare_other_anew(here: Path) -> None:
+    """Put another text, with the same tokenizer, into the folder ``other``."""
+    shutil.rmtree(here / "other")
+    corpus = open_corpus([str(write_texts(here / "others", seed=1))], validation_fraction=0.3)
+    prepare(corpus, here / "other", Tokenizer.from_file(here / "shards" / "tokenizer.json"))
+
+
+def test_another_second_text_under_the_same_name_is_refused_with_both_hashes(with_other, here):
+    stopped(with_other, here / "run")
+    before = Manifest.read(here / "other").content_sha256
+    prepare_other_anew(here)
+    now = Manifest.read(here / "other").content_sha256
+    with pytest.raises(ConfigError, match=rf"{before}.*evaluation\.other_corpus .*{now}.*--out"):
+        train(with_other, here / "run")
+
+
+def test_a_run_that_recorded_no_hash_of_its_second_text_goes_on(with_other, here):
+    stopped(with_other, here / "run")
+    rewrite_start(here / "run" / "run.jsonl", lambda start: start["inputs"].pop("other_data"))
+    prepare_other_anew(here)
+    assert train(with_other, here / "run").step == 12
+
+
+def test_a_run_of_an_older_version_goes_on_with_a_warning(config, here):
+    config = stopped(with_corpus(config, "shards"), here / "run")
+    rewrite_start(here / "run" / "run.jsonl", lambda start: start.pop("inputs"))
     with pytest.raises(ConfigError, match=r"data\.corpus was '.*shards' and is now '.*others'"):
         train(with_corpus(config, "others"), here / "run")
     said: list[str] = []

@@ -1,7 +1,7 @@
 """Whether a resumed run is the same run: its data, model and recipe are compared by content.
 
 A configuration names its text by a path and its model by a preset, and either name may mean
-something else tomorrow. So a run records the hashes of its text, starting weights and parameter
+something else tomorrow. So a run records the hashes of its texts, starting weights and parameter
 groups, and the sizes of its model. These are compared when the run resumes. If only versions,
 devices, threads or meshes differ, the run resumes with a warning that its losses may differ in the
 last bits.
@@ -36,7 +36,7 @@ from sinkgd.lab.train.machine import PACKAGES
 from sinkgd.optim.arguments import ADDED_LATER
 
 DATA, MODEL, OPTIMIZER = "data", "model", "optimizer"
-TOKENIZER, WEIGHTS = "tokenizer", "weights"
+TOKENIZER, WEIGHTS, OTHER_DATA = "tokenizer", "weights", "other_data"
 _PATHS = (("data", "corpus"), ("model", "weights"), ("evaluation", "other_corpus"))
 Shared = TypeVar("Shared", bound=SharedConfig)
 _KINDS: Mapping[str, type[ModelSizes]] = {
@@ -99,6 +99,7 @@ def content_of(
     optimizer: Optimizer,
     *,
     weights_sha256: str | None = None,
+    other: Manifest | None = None,
 ) -> dict[str, Any]:
     """Return the content by which runs are compared, as plain values.
 
@@ -107,13 +108,16 @@ def content_of(
         model: The model.
         optimizer: The model's optimizer.
         weights_sha256: Hash of the weights from which the run begins; None if they are drawn.
+        other: Manifest of the text in ``evaluation.other_corpus``, if there is one.
     """
+    others = {} if other is None else {OTHER_DATA: other.content_sha256}
     return {
         DATA: manifest.content_sha256,
         MODEL: model_content(model.config),
         OPTIMIZER: _groups_sha256(model, optimizer),
         TOKENIZER: manifest.tokenizer_sha256,
         WEIGHTS: weights_sha256,
+        **others,
     }
 
 
@@ -187,7 +191,9 @@ def check_sha256(start: RunStart, now: str, corpus: str) -> None:
 
 
 def check_content(start: RunStart, content: Mapping[str, Any]) -> None:
-    """Refuse to resume with a model, starting weights or an optimizer that differ from the run's.
+    """Refuse to resume with a model, weights, optimizer or second text that differ from the run's.
+
+    Runs of older versions recorded no hash of the second text, which then is not checked.
 
     Raises:
         ConfigError: If one of them differs; the message gives both values. Also if the record of
@@ -210,6 +216,13 @@ def check_content(start: RunStart, content: Mapping[str, Any]) -> None:
             f"the run {start.name!r} was begun from the weights with the hash {old}, but "
             f"model.weights now has the hash {new}; put the former weights back, or give another "
             "--out"
+        )
+    old, new = start.inputs.get(OTHER_DATA), content.get(OTHER_DATA)
+    if old is not None and old != new:
+        raise ConfigError(
+            f"the run {start.name!r} was evaluated on a second text with the hash {old}, but "
+            f"evaluation.other_corpus now has the hash {new}; put the former text back, or give "
+            "another --out"
         )
     old, new = start.inputs.get(OPTIMIZER), content[OPTIMIZER]
     if old is not None and old != new:

@@ -139,7 +139,7 @@ def set_up(
         rank=mesh.part,
         world_size=mesh.parts,
     )
-    other = _other_validation(config, manifest, world, echo)
+    other = _other_dataset(config, manifest, world, echo)
     weights = None if restored else world.from_first(lambda: _starting_weights(config))
     for note in () if weights is None else weights.notes:
         echo(note)
@@ -150,7 +150,13 @@ def set_up(
     sha256 = None if weights is None else weights.sha256
     if restored and begun is not None:
         sha256 = begun.inputs.get(WEIGHTS)
-    content = content_of(manifest, model, optimizer, weights_sha256=sha256)
+    content = content_of(
+        manifest,
+        model,
+        optimizer,
+        weights_sha256=sha256,
+        other=None if other is None else other.manifest,
+    )
     if begun is not None:
         check_content(begun, content)
     validation = manifest.splits["validation"]
@@ -159,7 +165,7 @@ def set_up(
         mesh=mesh,
         batches=batches,
         validation=dataset.split("validation"),
-        other_validation=other,
+        other_validation=None if other is None else other.split("validation"),
         tokens_per_byte=validation.tokens / validation.text_bytes,
         state=TrainingState(model, optimizer),
         content=content,
@@ -199,10 +205,10 @@ def _model_sizes(
     return sizes
 
 
-def _other_validation(
+def _other_dataset(
     config: RunConfig, manifest: Manifest, world: World, echo: Callable[[str], None]
-) -> TokenSplit | None:
-    """Open the held-out part of ``evaluation.other_corpus``, if there is one.
+) -> TokenDataset | None:
+    """Open the text in ``evaluation.other_corpus``, if there is one.
 
     Raises:
         ConfigError: If the tokenizer of that text is not the one of the run's text.
@@ -218,7 +224,7 @@ def _other_validation(
             f"data.corpus {config.data.corpus!r}. Prepare one text with the tokenizer of the other "
             "one: sinkgd prepare TEXT --tokenizer FOLDER/tokenizer.json --out SHARDS"
         )
-    return other.split("validation")
+    return other
 
 
 def _initialized_model(
