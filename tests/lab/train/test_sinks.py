@@ -57,6 +57,25 @@ def test_tensorboard_files_hold_the_figures(tmp_path):
     assert (entropy.step, entropy.value) == (3, 1.25)
 
 
+@pytest.mark.parametrize("resumed_at", [0, 2])
+def test_tensorboard_hides_the_steps_that_a_resumed_run_takes_again(tmp_path, resumed_at):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    def log(steps, loss, resumed_at=None):
+        with open_sinks(("tensorboard",), tmp_path, START, resumed_at=resumed_at) as (sink,):
+            for step in steps:
+                sink(replace(EVALUATION, step=step, val_loss=loss))
+
+    log(range(5), 10.0)
+    again = [3, 4] if resumed_at else [0, 1, 2, 3, 4]
+    log(again, 5.0, resumed_at)
+    events = EventAccumulator(str(tmp_path / "tensorboard"))
+    events.Reload()
+    curve = {event.step: event.value for event in events.Scalars("validation/val_loss")}
+    assert len(events.Scalars("validation/val_loss")) == 5
+    assert curve == {step: 5.0 if step in again else 10.0 for step in range(5)}
+
+
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_the_logging_services_get_configuration_figures_and_an_end(monkeypatch, tmp_path, name):
     calls: list[tuple] = []

@@ -144,8 +144,11 @@ def _run(job: Job, folder: RunFolder, admission: Admission) -> Outcome:
 def _open_results(job: Job, folder: RunFolder, admission: Admission) -> Iterator[ResultsWriter]:
     """Open the results and all sinks, save the configuration, and record the start or resume."""
     start = _describe(job, folder)
+    resumed_at = None if admission is Admission.BEGIN else job.state.step
     with ExitStack() as stack:
-        sinks = stack.enter_context(open_sinks(job.config.logging.sinks, folder.path, start))
+        sinks = stack.enter_context(
+            open_sinks(job.config.logging.sinks, folder.path, start, resumed_at=resumed_at)
+        )
         meter = make_meter(
             start.name,
             steps=job.config.training.steps,
@@ -154,9 +157,9 @@ def _open_results(job: Job, folder: RunFolder, admission: Admission) -> Iterator
         stack.enter_context(meter)
         save_config(folder.config, with_absolute_paths(job.config))
         first: RunStart | Resume = start
-        if admission is not Admission.BEGIN:
+        if resumed_at is not None:
             changed = environment_changes(folder.start(), start.environment)
-            first = Resume(job.state.step, changed)
+            first = Resume(resumed_at, changed)
         results = stack.enter_context(ResultsWriter(folder.results, (*sinks, meter)))
         results.write(first)
         yield results

@@ -20,23 +20,27 @@ from sinkgd.lab.results import Evaluation, ModelStatistics, Record, Resume, RunS
 from sinkgd.lab.train.config import ConfigError, SinkName
 
 Sink = Callable[[Record], None]
-Opener = Callable[[Path, RunStart, ExitStack], Sink]
+Opener = Callable[[Path, RunStart, int | None, ExitStack], Sink]
 
 
 @contextmanager
-def open_sinks(names: tuple[SinkName, ...], folder: Path, start: RunStart) -> Iterator[list[Sink]]:
+def open_sinks(
+    names: tuple[SinkName, ...], folder: Path, start: RunStart, *, resumed_at: int | None = None
+) -> Iterator[list[Sink]]:
     """Open sinks, and close them on leaving.
 
     Args:
         names: Keys of `SINKS`.
         folder: The run's folder, in which TensorBoard and Weights & Biases also write.
         start: First record of the run, with its name and configuration.
+        resumed_at: Steps of the checkpoint from which the run resumes, 0 if it begins again; None
+            for a new run. TensorBoard then hides what it got after that checkpoint.
 
     Raises:
         ConfigError: If a sink's package is not installed.
     """
     with ExitStack() as closing:
-        yield [SINKS[name](folder, start, closing) for name in names]
+        yield [SINKS[name](folder, start, resumed_at, closing) for name in names]
 
 
 def scalars(record: Record) -> dict[str, float]:
@@ -56,9 +60,13 @@ def scalars(record: Record) -> dict[str, float]:
     }
 
 
-def _open_tensorboard(folder: Path, _start: RunStart, closing: ExitStack) -> Sink:
+def _open_tensorboard(
+    folder: Path, _start: RunStart, resumed_at: int | None, closing: ExitStack
+) -> Sink:
+    # The evaluation before the first step is repeated if the run begins again.
+    purge_step = resumed_at + 1 if resumed_at else resumed_at
     writer = _require("torch.utils.tensorboard", "tensorboard").SummaryWriter(
-        str(folder / "tensorboard")
+        str(folder / "tensorboard"), purge_step=purge_step
     )
     closing.callback(writer.close)
 
@@ -70,11 +78,13 @@ def _open_tensorboard(folder: Path, _start: RunStart, closing: ExitStack) -> Sin
     return write
 
 
-def _open_wandb(folder: Path, start: RunStart, closing: ExitStack) -> Sink:
+def _open_wandb(folder: Path, start: RunStart, _resumed_at: int | None, closing: ExitStack) -> Sink:
     return _logging_sink(_require("wandb", "wandb"), start, closing, dir=str(folder))
 
 
-def _open_trackio(_folder: Path, start: RunStart, closing: ExitStack) -> Sink:
+def _open_trackio(
+    _folder: Path, start: RunStart, _resumed_at: int | None, closing: ExitStack
+) -> Sink:
     return _logging_sink(_require("trackio", "trackio"), start, closing)
 
 
