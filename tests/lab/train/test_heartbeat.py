@@ -15,6 +15,7 @@ from torch.distributed import HashStore
 import torchrun
 from sinkgd.lab.results import Run
 from sinkgd.lab.train import heartbeat
+from sinkgd.lab.train.config import ConfigError
 from sinkgd.lab.train.heartbeat import Heartbeat, LostRankError, Rank
 
 STEPS = 24
@@ -175,6 +176,22 @@ def test_a_heartbeat_does_not_replace_a_report_of_a_failure(quick, ends):
         assert began.wait(5)
         first.explain(ValueError("no room"))
     assert store.get("rank 0") == b"failed: no room"
+
+
+@pytest.mark.parametrize(
+    ("absent", "named"),
+    [
+        (["MASTER_ADDR", "MASTER_PORT"], "MASTER_ADDR and MASTER_PORT are not set"),
+        (["MASTER_PORT"], "MASTER_PORT is not set"),
+    ],
+)
+def test_ranks_without_the_address_of_a_store_are_told_how_to_give_it(monkeypatch, absent, named):
+    for name, value in {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}.items():
+        monkeypatch.setenv(name, value)
+    for name in absent:
+        monkeypatch.delenv(name)
+    with pytest.raises(ConfigError, match=f"^{named} in the environment.*start them with torchrun"):
+        Heartbeat.connect(0, lambda function: [function()])
 
 
 @pytest.fixture(scope="module")

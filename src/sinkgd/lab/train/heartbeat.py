@@ -25,6 +25,8 @@ from torch.distributed import (  # type: ignore[attr-defined]
     TCPStore,
 )
 
+from sinkgd.lab.train.config import ConfigError
+
 BEAT_SECONDS = 2.0  # time between two heartbeats
 PATIENCE_SECONDS = 20.0  # a rank counts as lost after this time without a heartbeat
 GRACE_SECONDS = 5.0  # time for the program to end by itself once a rank is known to be lost
@@ -89,10 +91,14 @@ class Heartbeat:
         Args:
             own: Number of this rank.
             from_each: Calls a function on every rank and returns all results.
+
+        Raises:
+            ConfigError: If the environment does not give the address of the store.
         """
+        host, port = _store_address()
         server = TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
+            host,
+            port,
             is_master=False,
             timeout=timedelta(seconds=PATIENCE_SECONDS),
         )
@@ -209,6 +215,20 @@ class Heartbeat:
             lines.append(f"error: the end of the run cannot be recorded: {error}\n")
         sys.stderr.writelines(lines)
         sys.stderr.flush()
+
+
+def _store_address() -> tuple[str, int]:
+    """Return host and port of torchrun's store."""
+    names = ("MASTER_ADDR", "MASTER_PORT")
+    absent = [name for name in names if name not in os.environ]
+    if absent:
+        raise ConfigError(
+            f"{' and '.join(absent)} {'is' if len(absent) == 1 else 'are'} not set in the "
+            "environment, but ranks send their heartbeats to a store at that address; start them "
+            "with torchrun, or set both to the address of a torch.distributed.TCPStore that "
+            "outlives the ranks"
+        )
+    return os.environ[names[0]], int(os.environ[names[1]])
 
 
 def _loss(reason: str) -> LostRankError:

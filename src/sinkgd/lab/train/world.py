@@ -107,6 +107,9 @@ def join_world(device: torch.device) -> Iterator[World]:
 
     Args:
         device: Device of this rank.
+
+    Raises:
+        ConfigError: If there are several processes, and MASTER_ADDR or MASTER_PORT is not set.
     """
     found = dist.is_initialized()
     if (dist.get_world_size() if found else launched_ranks()) == 1:
