@@ -1,6 +1,7 @@
 """The score is the mean over tokens, in nats; GaLore's is another; the model stays in training."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -9,7 +10,10 @@ from torch import nn
 
 from sinkgd.lab.data import IGNORE_INDEX, Batch
 from sinkgd.lab.train.evaluate import Score, evaluate, galore_mean
+from sinkgd.lab.train.loop import held_out_batches
 from sinkgd.lab.train.mesh import Mesh
+from sinkgd.lab.train.resolve import resolve
+from sinkgd.lab.train.setup import set_up
 from sinkgd.lab.train.world import World
 
 ALONE = Mesh(torch.device("cpu"), World())
@@ -110,3 +114,15 @@ def test_one_batch_too_many_lowers_perplexity_by_percents(batches, percent):
     loss = {186: 3.4, 372: 2.7}[batches]
     found = galore_mean([loss] * batches, [1] * batches, [1] * batches)
     assert (1 - math.exp(found - loss)) * 100 == pytest.approx(percent, abs=0.1)
+
+
+@pytest.mark.parametrize(
+    ("given", "micro", "parts", "rows"),
+    [(None, None, 4, 8), (None, 2, 1, 2), (None, 2, 4, 8), (3, 2, 1, 3), (3, 2, 4, 3)],
+)
+def test_a_batch_has_a_micro_batch_for_every_part(config, given, micro, parts, rows):
+    training = replace(config.training, batch_size=8, micro_batch_size=micro)
+    evaluation = replace(config.evaluation, batch_size=given, tokens=10_000)
+    job = set_up(resolve(replace(config, training=training, evaluation=evaluation)), pytest.fail)
+    first = next(held_out_batches(job, job.validation, parts=parts))
+    assert len(first.inputs) == rows

@@ -225,7 +225,8 @@ class EvaluationConfig:
     held-out text if it has fewer."""
     batch_size: int | None = None
     """Sequences in a batch of the evaluation, over all ranks; galore_perplexity averages the mean
-    losses of these batches. By default micro_batch_size, or else batch_size, of the training."""
+    losses of these batches. By default training.micro_batch_size on each data-parallel rank, or
+    else training.batch_size."""
     other_corpus: str | None = None
     """Folder of prepared shards of another text, with the same tokenizer; its held-out part is also
     scored. An example is the text that the weights in model.weights were trained on."""

@@ -151,7 +151,8 @@ def _evaluate(job: Job, results: Recorder) -> None:
     state, training = job.state, job.config.training
     state.model.at_step(state.step, training.steps)
     results.write(_evaluation(job))
-    first = next(_held_out(job, job.validation))
+    # Every rank measures on all of these tokens.
+    first = next(held_out_batches(job, job.validation, parts=1))
     values = measure_statistics(
         state.model, first.inputs, precision=training.precision, mesh=job.mesh
     )
@@ -159,13 +160,22 @@ def _evaluate(job: Job, results: Recorder) -> None:
         results.write(ModelStatistics(state.step, values))
 
 
-def _held_out(job: Job, text: TokenSplit) -> Iterator[Batch]:
-    """Yield the batches of held-out text, with the token ids that the last training step had."""
+def held_out_batches(job: Job, text: TokenSplit, *, parts: int) -> Iterator[Batch]:
+    """Yield the batches of held-out text, with the token ids that the last training step had.
+
+    Args:
+        job: The run.
+        text: The held-out text.
+        parts: Number of parts into which batches are divided. Unless their size is configured, each
+            part is a micro-batch.
+    """
     training, evaluation = job.config.training, job.config.evaluation
+    micro_batch_size = training.micro_batch_size
+    rows = training.batch_size if micro_batch_size is None else parts * micro_batch_size
     batches = evaluation_batches(
         text,
         sequence_length=training.sequence_length,
-        batch_size=evaluation.batch_size or training.micro_batch_size or training.batch_size,
+        batch_size=rows if evaluation.batch_size is None else evaluation.batch_size,
         max_tokens=evaluation.tokens,
         packing=job.config.data.packing,
     )
@@ -195,7 +205,7 @@ def _score(job: Job, text: TokenSplit) -> Score:
     training = job.config.training
     return evaluate(
         job.state.model,
-        _held_out(job, text),
+        held_out_batches(job, text, parts=job.mesh.parts),
         precision=training.precision,
         mesh=job.mesh,
         micro_batch_size=training.micro_batch_size or training.batch_size,
