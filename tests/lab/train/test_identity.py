@@ -327,18 +327,29 @@ def test_a_configuration_that_was_cut_short_is_no_other_configuration(config, he
     assert (here / "run" / "config.toml").read_text("utf-8") == whole
 
 
+SMALL = [
+    *("--data.corpus", "shards", "--training.steps", "2", "--training.batch-size", "4"),
+    *("--training.sequence-length", "16", "--evaluation.tokens", "100"),
+]
+
+
+def test_a_finished_comparison_does_not_miss_its_text_in_another_folder(here, tmp_path):
+    assert main(["train", "--out", "c/sgd-seed0", "--optimizer.recipe", "sgd", *SMALL]) == 0
+    shutil.rmtree(here / "shards")
+    os.chdir(tmp_path)
+    compare = ["compare", "--out", str(here / "c"), "--optimizers", "sgd", *SMALL]
+    assert main([*compare, "--data.corpus", str(here / "shards")]) == 0
+    assert main(compare) == 2
+
+
 def test_comparisons_refuse_runs_of_another_text(here, capsys):
-    small = [
-        *("--data.corpus", "shards", "--training.steps", "2", "--training.batch-size", "4"),
-        *("--training.sequence-length", "16", "--evaluation.tokens", "100"),
-    ]
-    assert main(["train", "--out", "c/sgd-seed0", "--optimizer.recipe", "sgd", *small]) == 0
+    assert main(["train", "--out", "c/sgd-seed0", "--optimizer.recipe", "sgd", *SMALL]) == 0
     before = Manifest.read(here / "shards").content_sha256
     other_text(here)
     now = Manifest.read(here / "shards").content_sha256
     capsys.readouterr()
     for optimizers in ("sgd", "sgd,adamw"):
-        assert main(["compare", "--out", "c", "--optimizers", optimizers, *small]) == 2
+        assert main(["compare", "--out", "c", "--optimizers", optimizers, *SMALL]) == 2
         said = capsys.readouterr().err
         assert said.startswith("error: the run 'sgd-seed0' was trained on data with the hash")
         assert before in said
