@@ -1,5 +1,6 @@
 """The study `ladder`: its rules and its verdict."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -189,6 +190,14 @@ def test_the_trend_is_a_line_through_the_shares():
     assert falling.far < 0.5
 
 
+def test_there_is_no_trend_before_every_size_has_a_run():
+    results = results_of((0.0, 0.1, 0.2, 0.3))
+    for method in ("sinkgd", "adamw"):
+        found = changed(results, f"{method}-{SIZES[-1]}", lambda one: replace(one, seeds=()))
+        assert trend_of(found, "sinkgd") is None
+        assert LADDER.judge(found).headline.endswith("hidden weights; no trend yet.")
+
+
 @pytest.mark.parametrize(
     ("gains", "words"),
     [
@@ -202,6 +211,9 @@ def test_the_verdict_says_which_way_the_share_moves(gains, words):
     results = results_of(gains)
     verdict = LADDER.judge(results)
     assert words in plain(verdict.headline)
+    assert re.search(
+        r"; a factor of [\d.]+ \([\d.]+ to [\d.]+\) for each doubling\.$", verdict.headline
+    )
     charts = LADDER.charts(results, identify(results.analysis(None)))
     assert len(charts) == 1
 

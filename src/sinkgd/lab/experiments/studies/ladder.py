@@ -241,11 +241,12 @@ def _diverged(own: Mapping[float, Sequence[float]]) -> bool:
 def trend_of(results: StudyResults, method: str) -> Trend | None:
     """Fit the trend of a method's q over the sizes.
 
-    None below 3 sizes, and if a seed diverged: without that seed the trend would be biased in favor
-    of the method.
+    None below 3 sizes and before every size of the study has a run, and if a seed diverged: without
+    that seed the trend would be biased in favor of the method.
     """
     found = shares(results, method)
-    if len(found) < 3 or _diverged(found):
+    planned = {one.arm.value for one in results.arms if one.arm.series == method}
+    if len(found) < max(3, len(planned)) or _diverged(found):
         return None
     points = [(n, q) for n, own in found.items() for q in own]
     far = hidden_weights(FAR_PRESET)
@@ -298,7 +299,8 @@ def _headline(results: StudyResults) -> str:
         moves = "rises as the model grows"
     return (
         f"The share of the better AdamW’s tokens that sinkgd needs {moves}: {percent(first)} at "
-        f"{count(min(own))} hidden weights, {percent(last)} at {count(max(own))}."
+        f"{count(min(own))} hidden weights, {percent(last)} at {count(max(own))}; a factor of "
+        f"{_factor_in_words(trend)} for each doubling."
     )
 
 
@@ -330,7 +332,7 @@ def _mean_in_words(own: Sequence[float]) -> str:
 def _trend_in_words(method: str, trend: Trend, largest: float) -> str:
     words = (
         f"With each doubling of the weights {method}’s share changes by a factor of "
-        f"{trend.doubling:.3f} ({trend.doubling_low:.3f} to {trend.doubling_high:.3f})."
+        f"{_factor_in_words(trend)}."
     )
     if largest >= hidden_weights(FAR_PRESET):  # at the paper's scale
         return words
@@ -338,6 +340,10 @@ def _trend_in_words(method: str, trend: Trend, largest: float) -> str:
         f"{words} If this held up to {FAR_PRESET}, the share would be {percent(trend.far)} "
         f"({percent(trend.far_low)} to {percent(trend.far_high)})."
     )
+
+
+def _factor_in_words(trend: Trend) -> str:
+    return f"{trend.doubling:.3f} ({trend.doubling_low:.3f} to {trend.doubling_high:.3f})"
 
 
 def charts(results: StudyResults, identities: Identities) -> list[Chart]:
