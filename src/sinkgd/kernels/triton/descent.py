@@ -206,7 +206,7 @@ def _prepare(
     owners = tuple(i for i, size in enumerate(sizes or [1] * len(grads)) for _ in range(size))
     schedule = schedule_of(read, written, shapes, owners, bucket_bytes)
     launches = [*_launches(schedule, iterations, update, launch.target_of(device))]
-    return _Prepared(schedule, PreparedLaunches(launches, device), shapes)
+    return _Prepared(schedule, PreparedLaunches(launches), shapes)
 
 
 def _launches(

@@ -103,8 +103,8 @@ class PreparedLaunches:
     are known, nothing is looked up for a launch, and tensors are passed as addresses.
     """
 
-    def __init__(self, launches: Sequence[PreparedLaunch], device: torch.device) -> None:
-        self.launches, self.device = launches, device
+    def __init__(self, launches: Sequence[PreparedLaunch]) -> None:
+        self.launches = launches
         self._direct: dict[Hashable, list[_DirectLaunch]] = {}
 
     def start(self, arguments: Sequence[Sequence[object]]) -> None:
