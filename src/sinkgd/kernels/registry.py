@@ -179,8 +179,8 @@ def _as_number(value: Tensor) -> float | Tensor:
     return float(value) if value.device.type == "cpu" else value  # do not wait for a device
 
 
-# The operators copy tables to the device, which a CUDA graph that torch.compile captures would read
-# again at every replay. With this tag they run between such graphs; older torch has no tag for it.
+# With this tag the operators run between the CUDA graphs of torch.compile, which must not own the
+# tables that the operators keep on the device. Older versions of torch do not have the tag.
 _OPTIONS: dict[str, Any] = (
     {"tags": torch.Tag.cudagraph_unsafe} if hasattr(torch.Tag, "cudagraph_unsafe") else {}
 )
