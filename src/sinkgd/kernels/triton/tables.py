@@ -278,7 +278,7 @@ class DeviceTables:
         self._captured: list[_Copy] = []
         self._reserved: Tensor | None = None
         self._taken = 0  # bytes of `_reserved` that graphs read
-        self._lock = threading.RLock()
+        self._lock = threading.Lock()
 
     def addresses(self, values: tuple[int, ...], device: torch.device) -> Tensor:
         """Return ``values`` on ``device``.
