@@ -166,7 +166,8 @@ def matmul(
         g = tl.load(lines + cols[None, :], mask=(rows < P)[:, None] & inside[None, :], other=0.0)
         # Without this factor of one, the compiler lets a tensor core add to the total, which
         # truncates bits.
-        total += _dot(g, scaled, cols, K, SPLITS, False) * one
+        total += _dot(g, scaled, BN, K, SPLITS, False) * one
+        scaled += BN * SPLITS * K
         if SQUARES:
             y = (g.to(tl.float32) * u[:, None]) * (
                 tl.load(v + cols, mask=inside, other=0.0) * v_power
@@ -221,7 +222,8 @@ def matmul_transposed(
         inside = rows < P
         g = tl.load(lines, mask=inside[:, None] & (cols < Q)[None, :], other=0.0)
         lines += BM * ld
-        total += _dot(g, scaled, rows, K, SPLITS, True) * one
+        total += _dot(g, scaled, BM, K, SPLITS, True) * one
+        scaled += BM * SPLITS * K
         if SQUARES:
             y = g.to(tl.float32) * (tl.load(u + rows, mask=inside, other=0.0) * u_power)[:, None]
             y = y * v[None, :]
@@ -262,14 +264,22 @@ def _scales(addresses, matrix, FIELD: tl.constexpr, OFFSET: tl.constexpr):
 
 
 @triton.jit
-def _dot(g, scaled, at, K: tl.constexpr, SPLITS: tl.constexpr, TRANSPOSED: tl.constexpr):
-    """Return ``g`` or its transpose times vectors; add the smallest products first.
+def _dot(
+    g,
+    scaled,
+    LENGTH: tl.constexpr,
+    K: tl.constexpr,
+    SPLITS: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+):
+    """Return ``g`` or its transpose times vectors of LENGTH; add the smallest products first.
 
     If TRANSPOSED and SPLITS is not 3, return the transpose of the product.
     """
-    high = _load(scaled, at, SPLITS, K)
+    high = _load(scaled, LENGTH, SPLITS, K)
     if SPLITS == 3:
-        low, middle = _load(scaled + 2 * K, at, SPLITS, K), _load(scaled + K, at, SPLITS, K)
+        low = _load(scaled + 2 * K, LENGTH, SPLITS, K)
+        middle = _load(scaled + K, LENGTH, SPLITS, K)
         if INTERPRETED:  # the interpreter would multiply the bits as whole numbers
             g, low = g.to(tl.float32), low.to(tl.float32)
             middle, high = middle.to(tl.float32), high.to(tl.float32)
@@ -279,7 +289,7 @@ def _dot(g, scaled, at, K: tl.constexpr, SPLITS: tl.constexpr, TRANSPOSED: tl.co
     else:
         x = g.to(tl.float32)
         if SPLITS == 2:
-            low = _load(scaled + K, at, SPLITS, K)
+            low = _load(scaled + K, LENGTH, SPLITS, K)
             x = round_to_tf32(x)
             if TRANSPOSED:  # a tensor core can read a transposed operand only in narrower types
                 total = tl.dot(low.T, x, input_precision="tf32")
@@ -306,8 +316,9 @@ def _dot(g, scaled, at, K: tl.constexpr, SPLITS: tl.constexpr, TRANSPOSED: tl.co
 
 
 @triton.jit
-def _load(scaled, at, SPLITS: tl.constexpr, K: tl.constexpr):
-    return tl.load(scaled + at.to(tl.int64)[:, None] * (SPLITS * K) + tl.arange(0, K)[None, :])
+def _load(scaled, LENGTH: tl.constexpr, SPLITS: tl.constexpr, K: tl.constexpr):
+    at = tl.arange(0, LENGTH)
+    return tl.load(scaled + at[:, None] * (SPLITS * K) + tl.arange(0, K)[None, :])
 
 
 @triton.jit
