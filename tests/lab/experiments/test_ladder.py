@@ -8,15 +8,13 @@ import pytest
 
 from lab.experiments.synthetic_study import made_up, made_up_record
 from sinkgd.lab.experiments.studies import STUDIES
-from sinkgd.lab.experiments.studies.ladder import (
+from sinkgd.lab.experiments.studies.ladder_arms import (
     GRIDS,
     PAPER_GRIDS,
     TOKENS_PER_WEIGHT,
-    fit_of,
     hidden_weights,
-    shares,
-    trend_of,
 )
+from sinkgd.lab.experiments.studies.ladder_shares import fit_of, shares, trend_of
 from sinkgd.lab.experiments.study import plan_of
 from sinkgd.lab.experiments.study_report import study_page
 from sinkgd.lab.experiments.study_results import StudyResults
@@ -135,15 +133,52 @@ def test_a_seed_that_diverged_is_counted_and_there_is_no_trend(size):
         assert np.isinf(own).tolist() == [False, n == hidden_weights(f"llama-{size}")]
     assert trend_of(results, "sinkgd") is None
     headline = LADDER.judge(results).headline
-    assert headline.count("(1 of 2 seeds diverged)") == 1
-    assert headline.endswith("no trend, because not every seed ended.")
+    assert headline.count("(failed in 1 of 2 seeds)") == 1
+    assert headline.endswith("no trend, because a run failed.")
 
 
-def test_an_adamw_that_diverged_in_a_seed_is_not_the_better_one():
+@pytest.mark.parametrize("size", SIZES)
+def test_an_adamw_that_diverged_in_a_seed_stays_the_better_one_and_there_is_no_trend(size):
     results = results_of((0.2, 0.2, 0.2, 0.2), better=(0.1, 0.1, 0.1, 0.1))
-    results = changed(results, f"adamw-0.5-{SIZES[1]}", diverges)
-    found = [q[0] for q in shares(results, "sinkgd").values()]
-    assert found == pytest.approx([0.875, 0.75, 0.875, 0.875])
+    results = changed(results, f"adamw-0.5-{size}", diverges)
+    found = shares(results, "sinkgd")
+    assert [q[0] for q in found.values()] == pytest.approx([0.875] * 4)
+    for n, own in found.items():
+        assert np.isnan(own).tolist() == [False, n == hidden_weights(f"llama-{size}")]
+    assert trend_of(results, "sinkgd") is None
+    assert "(AdamW failed in 1 of 2 seeds)" in LADDER.judge(results).headline
+
+
+def test_an_adamw_that_diverged_at_every_rate_is_not_the_better_one():
+    results = changed(
+        results_of((0.2, 0.2, 0.2, 0.2), better=(0.1, 0.1, 0.1, 0.1)),
+        f"adamw-0.5-{SIZES[0]}",
+        lambda one: replace(one, seeds=(), grid=tuple(map(failed, one.grid))),
+    )
+    assert [q[0] for q in shares(results, "sinkgd").values()] == pytest.approx(
+        [0.75, 0.875, 0.875, 0.875]
+    )
+
+
+@pytest.mark.parametrize("method", ["adamw", "adamw-0.5"])
+@pytest.mark.parametrize("size", SIZES)
+def test_there_is_no_share_before_both_adamws_have_run_a_size(method, size):
+    results = results_of((0.2, 0.2, 0.2, 0.2), better=(0.1, 0.1, 0.1, 0.1))
+    results = changed(results, f"{method}-{size}", lambda one: replace(one, seeds=()))
+    assert hidden_weights(f"llama-{size}") not in shares(results, "sinkgd")
+    assert trend_of(results, "sinkgd") is None
+    assert LADDER.judge(results).headline.endswith("no trend yet.")
+
+
+@pytest.mark.parametrize(("gap", "unknown"), [(1.6, np.isinf), (-1.6, np.isnan)])
+def test_a_loss_beyond_the_first_evaluation_gives_no_share(gap, unknown):
+    # A run's first evaluation is 1.5 above its end.
+    results = results_of((0.1, 0.1, 0.1, -gap))
+    assert unknown(list(shares(results, "sinkgd").values())[-1]).all()
+    assert trend_of(results, "sinkgd") is None
+    verdict = LADDER.judge(results)
+    assert "failed in 2 of 2 seeds at" in verdict.headline
+    assert any(words.startswith("A run failed if") for words in verdict.sentences)
 
 
 def test_adamws_are_compared_over_the_seeds_that_both_have():
@@ -167,15 +202,14 @@ def test_a_method_that_diverged_at_every_rate_of_a_grid_is_not_left_out():
     )
     assert np.isinf(shares(results, "sinkgd")[hidden_weights(f"llama-{SIZES[0]}")]).all()
     assert trend_of(results, "sinkgd") is None
-    assert "tokens: diverged at 50.2k" in plain(LADDER.judge(results).headline)
+    assert "tokens: failed in 2 of 2 seeds at 50.2k" in plain(LADDER.judge(results).headline)
 
 
-@pytest.mark.parametrize("without", [lambda seeds: seeds[:1], lambda s: (s[0], failed(s[1]))])
-def test_a_seed_in_which_adamw_diverged_or_has_no_run_counts_for_nobody(without):
+def test_a_seed_that_adamw_has_not_run_does_not_count():
     results = changed(
         results_of((0.1, 0.1, 0.1, 0.1)),
         f"adamw-{SIZES[0]}",
-        lambda one: replace(one, seeds=without(one.seeds)),
+        lambda one: replace(one, seeds=one.seeds[:1]),
     )
     assert [len(own) for own in shares(results, "sinkgd").values()] == [1, 2, 2, 2]
     assert trend_of(results, "sinkgd") is not None
@@ -205,6 +239,7 @@ def test_there_is_no_trend_before_every_size_has_a_run():
         ((0.3, 0.2, 0.1, 0.0), "rises as the model grows: 69 % at"),
         ((0.1, 0.1, 0.1, 0.1), "does not change measurably with the size: 88 % at"),
         ((-0.1, -0.1, -0.1, -0.1), "does not change measurably with the size: 114 % at"),
+        ((-0.1, -0.1, -0.1, -0.1), "114 % at 452k (above 100 %: not reached); a factor of"),
     ],
 )
 def test_the_verdict_says_which_way_the_share_moves(gains, words):
@@ -232,6 +267,27 @@ def test_nothing_is_said_of_a_method_before_both_have_a_run():
     first = replace(results, arms=tuple(a for a in results.arms if a.arm.series == "sinkgd")[:1])
     headline = LADDER.judge(first).headline
     assert headline == "sinkgd and AdamW have no results at the same size yet."
+
+
+def test_the_part_of_the_width_that_is_deflated_is_stated():
+    def recorded(one, width):
+        own = [
+            replace(r, run=replace(r.run, start=replace(
+                r.run.start,
+                config={"optimizer": {"deflated_rank": 15}},
+                inputs={"model": {"hidden_size": width}},
+            )))
+            for r in one.seeds
+        ]  # fmt: skip
+        return replace(one, seeds=tuple(own))
+
+    results = results_of((0.1, 0.1, 0.1, 0.1))
+    assert not any("deflates" in words for words in LADDER.judge(results).sentences)
+    for size in SIZES:
+        width = int(size.removeprefix("nano-"))
+        results = changed(results, f"sinkgd-{size}", lambda one, width=width: recorded(one, width))
+    last = plain(LADDER.judge(results).sentences[-1])
+    assert "15 directions at every size: 47 % of the smallest width and 16 % of the largest" in last
 
 
 def test_an_exponent_needs_four_sizes():
