@@ -17,9 +17,9 @@ import rewards
 from tuned_runs import SEEDS, TUNING_SEED, Line, read
 
 from sinkgd.lab.experiments.study_report import as_markdown
-from sinkgd.lab.experiments.study_results import Difference
 from sinkgd.lab.experiments.study_verdict import Verdict
 from sinkgd.lab.report.console import TextTable
+from sinkgd.lab.report.difference import Difference
 from sinkgd.lab.report.figures import Chart, Figure, axis, layout
 from sinkgd.lab.report.measurement_page import (
     PageContent,

@@ -8,9 +8,9 @@ from sinkgd.lab.experiments.arms import Arm, check_arms, override
 from sinkgd.lab.experiments.selection import numbers, select_arms
 from sinkgd.lab.experiments.studies import STUDIES, find_study
 from sinkgd.lab.experiments.study import plan_of
-from sinkgd.lab.experiments.study_results import Difference
 from sinkgd.lab.experiments.study_verdict import compared
 from sinkgd.lab.models.presets import preset_config
+from sinkgd.lab.report.difference import Difference
 from sinkgd.lab.train import RECIPES, ConfigError, RunConfig
 
 LR = "optimizer.lr"

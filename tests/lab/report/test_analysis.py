@@ -123,14 +123,18 @@ def test_a_cost_is_given_only_if_all_runs_reached_the_loss(tmp_path, third):
 @pytest.mark.parametrize(
     ("losses", "level"),
     [
-        ([3.95, 4.05], True),  # within the baseline's range
-        ([4.09, 4.30], True),  # ranges share 4.09 to 4.10
-        ([4.11, 4.20], False),
-        ([3.50, 3.60], False),
+        ([3.95, 4.05, 4.0], True),
+        ([4.0, 4.2, 4.1001], False),  # ranges overlap, but each seed is higher by 0.1
+        ([3.5, 3.6, 4.5], True),  # lower in two seeds, higher in one
+        ([3.5, 3.6, 3.55], False),
+        ([3.8, 4.1], True),  # two seeds know little
+        ([3.8], False),  # and one nothing
+        ([4.0002], True),  # alike to the digits that are printed
     ],
 )
-def test_recipes_whose_ranges_overlap_are_level(tmp_path, losses, level):
-    runs = [write_run(tmp_path, "adamw", {20: x}, seed=i) for i, x in enumerate([3.9, 4.1])]
+def test_recipes_are_level_if_the_interval_over_paired_seeds_contains_zero(tmp_path, losses, level):
+    base = [3.9, 4.1, 4.0]
+    runs = [write_run(tmp_path, "adamw", {20: x}, seed=i) for i, x in enumerate(base)]
     runs += [write_run(tmp_path, "sinkgd", {20: x}, seed=i) for i, x in enumerate(losses)]
     assert analyze(runs, "adamw").comparisons["sinkgd"].level is level
 

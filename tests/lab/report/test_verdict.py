@@ -49,7 +49,7 @@ def test_a_recipe_that_did_not_reach_the_loss(tmp_path, adamw):
 
 def test_recipes_within_the_spread_of_seeds_are_a_tie(tmp_path):
     runs = [write_run(tmp_path, "adamw", {20: x}, seed=i) for i, x in enumerate([3.9, 4.1])]
-    runs += [write_run(tmp_path, "sinkgd", {20: x}, seed=i) for i, x in enumerate([3.85, 4.05])]
+    runs += [write_run(tmp_path, "sinkgd", {20: x}, seed=i) for i, x in enumerate([3.85, 4.1])]
     assert headline(runs) == "sinkgd ended level with adamw at 4.000"
     assert "no difference beyond the spread" in judge(analyze(runs, "adamw")).sentences["sinkgd"]
 
@@ -100,6 +100,16 @@ def test_a_single_seed_is_a_caution_and_three_are_none(tmp_path, adamw):
     assert caution.startswith("Each recipe has a single seed")
     seeds = [write_run(tmp_path / "three", "adamw", {20: 4.0}, seed=i) for i in range(3)]
     assert cautions(seeds) == ()
+
+
+def test_recipes_without_common_seeds_are_a_caution(tmp_path):
+    runs = [write_run(tmp_path, "adamw", {20: x}, seed=i) for i, x in enumerate([3.9, 4.1])]
+    runs += [write_run(tmp_path, "sinkgd", {20: x}, seed=i) for i, x in enumerate([3.8, 4.0], 1)]
+    found = [words for words in judge(analyze(runs, "adamw")).cautions if "seeds" in words]
+    assert found == [
+        "sinkgd shares fewer than two seeds with adamw, so which differences are chance is "
+        "unknown: run the same seeds for each recipe."
+    ]
 
 
 def test_runs_that_did_not_finish_are_cautions_with_their_reason(tmp_path, adamw):

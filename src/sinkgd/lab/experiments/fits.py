@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from sinkgd.lab.experiments.study_results import t_quantile
+from sinkgd.lab.report.difference import t_quantile
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ import math
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 
-from sinkgd.lab.experiments.study_results import ArmResults, Difference, StudyResults
+from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
 from sinkgd.lab.report.analysis import preset_of
+from sinkgd.lab.report.difference import Difference
 from sinkgd.lab.report.quantities import count, duration, loss, percent
 
 _MANY = 3  # arms, from which their number is worth a caution

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
+from sinkgd.lab.report.difference import NO_DIFFERENCE, Difference
 from sinkgd.lab.report.quantities import NO_BREAK
 from sinkgd.lab.results import RESULTS_FILE, Evaluation, Memory, Run
 
@@ -59,10 +60,6 @@ class Spread:
         if self.count == 1:
             return mean
         return f"{mean} ±{NO_BREAK}{(self.high - self.low) / 2:.{digits}f}"
-
-    def overlaps(self, other: "Spread") -> bool:
-        """Whether the two ranges overlap."""
-        return self.low <= other.high and other.low <= self.high
 
 
 @dataclass(frozen=True)
@@ -188,7 +185,9 @@ class Comparison:
     time_fraction: Spread | None  # `seconds` as a fraction of all seconds of the baseline
     effective_tokens_per_second: Spread | None  # the baseline's tokens / `seconds`
     effective_speedup: float | None  # effective tokens/s / (the baseline's tokens / its seconds)
-    level: bool  # whether mean final losses differ by < 0.0005, or ranges overlap
+    # Whether the 95 % interval of the difference over paired seeds contains 0. With fewer than two
+    # common seeds, whether mean losses are equal to the digits that are printed.
+    level: bool
 
     @property
     def shortfall(self) -> str:
@@ -309,8 +308,24 @@ def _compare(recipe: RecipeSummary, baseline: RecipeSummary, target: float) -> C
 def _level(recipe: RecipeSummary, baseline: RecipeSummary) -> bool:
     if recipe.val_loss is None or baseline.val_loss is None:
         return False
-    difference = abs(recipe.val_loss.mean - baseline.val_loss.mean)
-    return difference < 0.0005 or recipe.val_loss.overlaps(baseline.val_loss)
+    found = difference(recipe, baseline)
+    if found.unknown:
+        return abs(recipe.val_loss.mean - baseline.val_loss.mean) < NO_DIFFERENCE
+    return found.level
+
+
+def difference(recipe: RecipeSummary, other: RecipeSummary) -> Difference:
+    """Compare the final losses of two recipes seed by seed, over finished runs."""
+    return Difference.of(_losses(recipe), _losses(other))
+
+
+def _losses(recipe: RecipeSummary) -> dict[int, float]:
+    """Return the final loss by seed; the mean if a seed has several finished runs."""
+    losses: dict[int, list[float]] = {}
+    for run in recipe.finished:
+        if run.evaluations:
+            losses.setdefault(run.start.seed, []).append(run.evaluations[-1].val_loss)
+    return {seed: statistics.fmean(own) for seed, own in losses.items()}
 
 
 @dataclass(frozen=True)

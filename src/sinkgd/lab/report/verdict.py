@@ -6,7 +6,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from sinkgd.lab.report import quantities
-from sinkgd.lab.report.analysis import Analysis, Comparison, RecipeSummary, first_reach, state_of
+from sinkgd.lab.report.analysis import (
+    Analysis,
+    Comparison,
+    RecipeSummary,
+    difference,
+    first_reach,
+    state_of,
+)
 from sinkgd.lab.results import Run
 
 _MOST_NAMES = 3  # longer lists are given as a number
@@ -133,7 +140,7 @@ def _sentence(recipe: RecipeSummary, analysis: Analysis) -> str:
 
 def _outcome(comparison: Comparison) -> str:
     if comparison.level:
-        return "Level with the baseline: no difference beyond the spread of the runs."
+        return "Level with the baseline: no difference beyond the spread of the seeds."
     if comparison.reached_runs == 0:
         return "Did not reach the baseline’s final loss."
     if comparison.reached_runs < comparison.runs:
@@ -151,14 +158,27 @@ def _difference(recipe: RecipeSummary, target: float) -> str:
 
 def _few_seeds(analysis: Analysis) -> list[str]:
     single = [one.name for one in analysis.recipes if one.seeds == 1]
-    if not single:
-        return []
-    who = "Each recipe" if len(single) == len(analysis.recipes) > 1 else _names(single)
-    verb = "has" if len(single) == 1 or who == "Each recipe" else "have"
-    return [
-        f"{who} {verb} a single seed, so how far seeds differ is unknown: read a small difference "
-        "as a tie, and compare with --seeds 3 before deciding."
+    unpaired = [
+        one.name
+        for one in analysis.candidates
+        if analysis.baseline and one.seeds > 1 < analysis.baseline.seeds
+        if difference(one, analysis.baseline).count < 2
     ]
+    found = []
+    if single:
+        who = "Each recipe" if len(single) == len(analysis.recipes) > 1 else _names(single)
+        verb = "has" if len(single) == 1 or who == "Each recipe" else "have"
+        found.append(
+            f"{who} {verb} a single seed, so how far seeds differ is unknown: read a small "
+            "difference as a tie, and compare with --seeds 3 before deciding."
+        )
+    if unpaired and analysis.baseline:
+        verb = "shares" if len(unpaired) == 1 else "share"
+        found.append(
+            f"{_names(unpaired)} {verb} fewer than two seeds with {analysis.baseline.name}, so "
+            "which differences are chance is unknown: run the same seeds for each recipe."
+        )
+    return found
 
 
 def _baseline_got_worse(analysis: Analysis) -> list[str]:
