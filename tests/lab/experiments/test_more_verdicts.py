@@ -170,18 +170,30 @@ def test_width_names_the_rule_whose_rate_stays():
     )
     assert "Final losses at 256: raw 4.000, pinned 4.000." in verdict.sentences
     alone = judge("width", {"raw-64": near(4.0)})
-    assert alone.headline == "No rule has a fit over two widths."
+    assert alone.headline.startswith("No rule has a fit: the largest good rate is not known at two")
+    assert alone.sentences[0].startswith("raw is good up to 0.001 at 64; best at")
 
 
-def test_a_rule_whose_largest_rate_is_good_at_a_width_has_no_fit():
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        (4, "sinkgd is good up to at least 0.008 at 64, 0.002 at 256; best at 0.008, 0.002."),
+        (0, "sinkgd is good up to at most 0.0005 at 64, 0.002 at 256; best at 0.0005, 0.002."),
+    ],
+)
+def test_a_rule_whose_best_rate_is_at_an_end_of_its_grid_has_no_fit(place, words):
     losses = {f"{rule}-{width}": near(4.0) for rule in ("raw", "sinkgd") for width in (64, 256)}
-    best = {"raw-64": 3, "raw-256": 1, "sinkgd-64": 4, "sinkgd-256": 2}  # the last of five at 64
+    best = {"raw-64": 3, "raw-256": 1, "sinkgd-64": place, "sinkgd-256": 2}  # of five
     verdict = judge("width", losses, best=best)
     assert verdict.headline.startswith(
         "Of the rules with a fit, the largest good rate depends least"
     )
-    expected = "sinkgd is good up to at least 0.008 at 64, 0.002 at 256; best at 0.008, 0.002."
-    assert expected in verdict.sentences
+    assert words in verdict.sentences
+    only = judge(
+        "width", {name: own for name, own in losses.items() if "sinkgd" in name}, best=best
+    )
+    assert only.headline.startswith("No rule has a fit:")
+    assert words in only.sentences
 
 
 # Shift --------------------------------------------------------------------------------------------
@@ -351,6 +363,10 @@ def test_recipes_name_what_is_lower_than_the_default_and_who_needs_the_fewest_to
     assert needs[0].startswith(none)
     small = "Of those with at most one byte of state for each matrix entry, 8-bit-momentum needs"
     assert needs[1].startswith(small)
+    below = judge("recipes", {**losses, "muon-0.5": near(3.6), "muon": apart(3.7)})
+    assert below.headline.endswith(
+        ", 8-bit-momentum ended at 3.900. muon-0.5 ended lower than momentum."
+    )
 
 
 def test_recipes_say_that_nothing_is_lower_or_that_the_default_is_missing():
@@ -382,6 +398,15 @@ def test_ranks_are_compared_at_each_width():
     for words in expected:
         assert any(sentence.startswith(words) for sentence in verdict.sentences), words
     assert not any("128" in s and "256" in s for s in verdict.sentences)
+
+
+@pytest.mark.parametrize(("best", "warned"), [(7, True), (15, False), (31, True)])
+def test_a_best_rank_that_is_the_smallest_or_largest_is_a_caution(best, warned):
+    losses = {f"width-128-rank-{k}": near(4.4 if k == best else 4.5) for k in (7, 15, 31)}
+    said = " ".join(judge("rank", losses).cautions)
+    assert (
+        f"width 128 is that of width-128-rank-{best}, the smallest or largest" in said
+    ) == warned
 
 
 # Beta1 --------------------------------------------------------------------------------------------

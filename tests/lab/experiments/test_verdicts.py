@@ -218,6 +218,9 @@ def test_grids_that_grew_to_different_numbers_of_points_are_a_caution():
 def test_few_seeds_no_tuning_divergence_and_missing_seeds_are_cautions():
     assert "A single seed" in cautions({"L1": [4.0], "L5": [4.1]})
     assert "Two seeds" in cautions({"L1": [4.0, 4.1]})
+    ladder = {f"sinkgd-{size}": near(4.0) for size in ("nano-32", "nano-64", "nano-96")}
+    few = "sinkgd-nano-64 and sinkgd-nano-96 have fewer than three seeds"
+    assert few in " ".join(judge("ladder", ladder).cautions)
     assert "Nothing was tuned" in cautions({"L1": near(4.0)}, tune=False)
     assert "L1 diverged in 1 of 3 seeds." in cautions({"L1": [4.0, INF, 4.1], "L5": near(4.0)})
     assert "Not finished: L5 has not run every seed" in cautions({"L1": near(4.0), "L5": [4.0]})

@@ -48,6 +48,12 @@ def level_with(
     return [other for other in arms if other is not one and results.difference(other, one).level]
 
 
+def is_at_an_end(best: ArmResults, arms: Sequence[ArmResults]) -> bool:
+    """Whether the value of an arm on the study's axis is the smallest or largest of ``arms``."""
+    values = [one.arm.value for one in arms if one.arm.value is not None]
+    return len(values) > 1 and best.arm.value in (min(values), max(values))
+
+
 def ended(one: ArmResults) -> str:
     """Name an arm with its loss, or with the number of seeds that diverged."""
     if one.loss is None:
@@ -79,8 +85,13 @@ def lowest(results: StudyResults, best: ArmResults, *, alone: str = ".") -> str:
         words += f"; {names(unknown)} {_have(unknown)} too few seeds for a comparison."
     else:
         words += f"; level with it: {names(level)}." if level else alone
-    below = [one for one in results.controls if results.difference(one, best).lower]
+    below = lower_controls(results, best)
     return f"{words} {names(below)} ended lower." if below else words
+
+
+def lower_controls(results: StudyResults, one: ArmResults) -> list[ArmResults]:
+    """List the controls whose loss is significantly lower than that of ``one``."""
+    return [control for control in results.controls if results.difference(control, one).lower]
 
 
 def _have(arms: Sequence[ArmResults]) -> str:
@@ -252,11 +263,14 @@ def _small_scale(results: StudyResults) -> list[str]:
 
 
 def _few_seeds(results: StudyResults) -> list[str]:
-    seeds = len(results.plan["seeds"])
-    if seeds >= 3:
+    seeds = results.plan["seeds"]
+    if len(seeds) < 3:
+        what = "A single seed" if len(seeds) == 1 else "Two seeds"
+        return [f"{what} cannot tell a small difference from chance; use --seeds 3 or more."]
+    few = [one for one in results.arms if len(seeds[: one.arm.seeds]) < 3]
+    if not few:
         return []
-    what = "A single seed" if seeds == 1 else "Two seeds"
-    return [f"{what} cannot tell a small difference from chance; use --seeds 3 or more."]
+    return [f"{names(few)} {_have(few)} fewer than three seeds: too few for a small difference."]
 
 
 def _many_arms(results: StudyResults) -> list[str]:

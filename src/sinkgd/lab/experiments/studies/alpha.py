@@ -11,6 +11,7 @@ from sinkgd.lab.experiments.study_verdict import (
     against_controls,
     cautions,
     compared,
+    is_at_an_end,
     lowest,
     ranked,
     unfinished,
@@ -63,11 +64,10 @@ def _beside_the_published(results: StudyResults, own: Sequence[ArmResults]) -> l
 
 def _at_an_edge(own: Sequence[ArmResults]) -> list[str]:
     """Return a caution if the best α, the first of ``own``, is the smallest or largest tried."""
-    best = own[0].arm
-    values = [one.arm.value for one in own if one.arm.value is not None]
-    if len(values) < 2 or best.value not in (min(values), max(values)):
+    if not is_at_an_end(own[0], own):
         return []
-    return [f"The best α is at the edge of what was tried: {best.name}. Try more with --alpha."]
+    name = own[0].arm.name
+    return [f"The best α is at the edge of what was tried: {name}. Try more with --alpha."]
 
 
 _ARMS = (*(arm for alpha in ALPHAS for arm in arms_with(alpha)), *controls(_ADAMW, _ONE_LR))

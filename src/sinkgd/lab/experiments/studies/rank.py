@@ -15,6 +15,7 @@ from sinkgd.lab.experiments.study_verdict import (
     Verdict,
     cautions,
     compared,
+    is_at_an_end,
     level_with,
     ranked,
     unfinished,
@@ -100,7 +101,13 @@ def judge(results: StudyResults) -> Verdict:
             compared(other.arm.name, results.difference(other, one), one.arm.name)
             for other in ranked(widths[width])[1:]
         ]
-    return Verdict(headline, tuple(sentences), tuple(cautions(results)))
+    at_the_ends = [
+        f"The lowest loss at width {width} is that of {one.arm.name}, the smallest or largest rank "
+        "tried: others may be lower."
+        for width, one in best.items()
+        if is_at_an_end(one, widths[width])
+    ]
+    return Verdict(headline, tuple(sentences), (*cautions(results), *at_the_ends))
 
 
 def _best_in_words(

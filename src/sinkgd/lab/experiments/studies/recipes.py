@@ -15,6 +15,8 @@ from sinkgd.lab.experiments.study_verdict import (
     compared,
     ended,
     fewest_tokens,
+    lower_controls,
+    names,
     ranked,
     unfinished,
 )
@@ -147,6 +149,9 @@ def judge(results: StudyResults) -> Verdict:
         + (", ".join(map(ended, lower)) or "nothing")
         + "."
     )
+    best = ranked(results.candidates)[0]
+    if below := lower_controls(results, best):
+        headline += f" {names(below)} ended lower than {best.arm.name}."
     sentences = [
         fewest_tokens(results, control, who, [name for name in kept if kept[name] <= most])
         for control in results.controls
@@ -158,7 +163,7 @@ def judge(results: StudyResults) -> Verdict:
     sentences += [
         compared(one.arm.name, results.difference(one, default), DEFAULT) for one in others
     ]
-    sentences += against_controls(results, ranked(results.candidates)[0])
+    sentences += against_controls(results, best)
     return Verdict(headline, tuple(sentences), tuple(cautions(results)))
 
 

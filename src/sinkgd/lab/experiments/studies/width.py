@@ -3,7 +3,9 @@
 There are four rules for the size of an update, those of `rules`.
 
 Below a certain rate the loss hardly depends on the rate; above it training breaks. The best rate of
-a grid is therefore partly chance, and the largest rate that is still good says more.
+a grid is therefore partly chance, and the largest rate that is still good says more. It is only
+bounded if it is the largest of its grid, or if the lowest loss is at the smallest rate: a lower
+loss at a smaller rate would make fewer rates good.
 
 Letters:
     d: the hidden size
@@ -98,9 +100,15 @@ def exponent(found: Sequence[tuple[float, float]]) -> float | None:
     return round(covariance / sum((a - mean_x) ** 2 for a in x), 12)
 
 
-def is_censored(one: ArmResults) -> bool:
+def is_lower_bound(one: ArmResults) -> bool:
     """Whether the largest rate that was tried is good: higher ones may be good, too."""
     return good_up_to(one) == max(result.point[MATRIX_LR] for result in one.grid)
+
+
+def is_upper_bound(one: ArmResults) -> bool:
+    """Whether the smallest rate has the lowest loss: at lower ones the loss may be lower."""
+    best = min(one.grid, key=lambda result: result.loss)
+    return best.point[MATRIX_LR] == min(result.point[MATRIX_LR] for result in one.grid)
 
 
 def good_up_to(one: ArmResults) -> float | None:
@@ -130,25 +138,26 @@ def judge(results: StudyResults) -> Verdict:
     fits = {
         rule: exponent([(one.arm.value or 0.0, good_up_to(one) or 0.0) for one in arms])
         for rule, arms in found.items()
-        if not any(map(is_censored, arms))
+        if not any(is_lower_bound(one) or is_upper_bound(one) for one in arms)
     }
     exponents = {rule: p for rule, p in fits.items() if p is not None}
-    if not exponents:
-        return Verdict("No rule has a fit over two widths.", (), tuple(cautions(results)))
-    least = min(abs(p) for p in exponents.values())
-    stay = [rule for rule, p in exponents.items() if abs(p) == least]
-    of_all = "Of the rules with a fit, the" if len(exponents) < len(found) else "The"
-    headline = (
-        f"{of_all} largest good rate depends least on the width with {' and '.join(stay)}: "
-        f"lr ∝ d^{exponents[stay[0]]:.2f}"
-    )
-    if RAW in exponents and RAW not in stay:
-        headline += f" (raw: d^{exponents[RAW]:.2f})"
+    headline = "No rule has a fit: the largest good rate is not known at two widths or more"
+    if exponents:
+        least = min(abs(p) for p in exponents.values())
+        stay = [rule for rule, p in exponents.items() if abs(p) == least]
+        of_all = "Of the rules with a fit, the" if len(exponents) < len(found) else "The"
+        headline = (
+            f"{of_all} largest good rate depends least on the width with {' and '.join(stay)}: "
+            f"lr ∝ d^{exponents[stay[0]]:.2f}"
+        )
+        if RAW in exponents and RAW not in stay:
+            headline += f" (raw: d^{exponents[RAW]:.2f})"
     sentences = [_rates(rule, arms, exponents.get(rule)) for rule, arms in found.items()]
     sentences.append(
         f"A rate is good if its final loss is within {TOLERANCE:g} nats of the lowest in its grid; "
-        "rates are a factor of two apart. “At least” marks the largest rate of a grid: higher ones "
-        "may be good, too, so the rule has no fit."
+        "rates are a factor of two apart, with one run each. “At least” marks the largest rate of "
+        "a grid: higher ones may be good, too. “At most” marks a width whose lowest loss is at the "
+        "smallest rate: lower rates may lower it, and fewer may be good then. Neither allows a fit."
     )
     sentences += _at_the_largest(results)
     return Verdict(f"{headline}.", tuple(sentences), tuple(cautions(results)))
@@ -223,13 +232,19 @@ def _rate_line(curve: Sequence[tuple[float, float]], look: Identity) -> Figure:
 
 
 def _rates(rule: str, arms: Sequence[ArmResults], p: float | None) -> str:
-    good = ", ".join(
-        f"{'at least ' if is_censored(one) else ''}{good_up_to(one):g} at {one.arm.value:g}"
-        for one in arms
-    )
+    good = ", ".join(f"{_good_rate(one)} at {one.arm.value:g}" for one in arms)
     best = ", ".join(f"{one.chosen[MATRIX_LR]:g}" for one in arms if one.chosen)
     fit = f": lr ∝ d^{p:.2f}" if p is not None else ""
     return f"{rule} is good up to {good}{fit}; best at {best}."
+
+
+def _good_rate(one: ArmResults) -> str:
+    """Return the largest good rate of an arm, or its bound."""
+    bounds = (is_lower_bound(one), is_upper_bound(one))
+    if all(bounds):
+        return "an unknown rate"
+    words = {(True, False): "at least ", (False, True): "at most "}.get(bounds, "")
+    return f"{words}{good_up_to(one):g}"
 
 
 def _at_the_largest(results: StudyResults) -> list[str]:
