@@ -24,6 +24,7 @@ from typing import Any, Self
 
 from sinkgd.lab.disk import parse_json
 from sinkgd.lab.recorded_names import NAMING, command_now, name_now, plan_now, start_now
+from sinkgd.lab.report.token_share import final_loss
 from sinkgd.lab.results import (
     Evaluation,
     Memory,
@@ -63,10 +64,7 @@ class RunResult:
     @property
     def loss(self) -> float:
         """The final validation loss, nats per token; infinite if the run diverged."""
-        if not self.run.finished or not self.run.evaluations:
-            return float("inf")
-        last = self.run.evaluations[-1].val_loss
-        return last if last == last else float("inf")  # noqa: PLR0124  NaN
+        return final_loss(self.run)
 
 
 # The parts of the plan that pages and verdicts read; see `StudyPlan.as_json`.

@@ -22,6 +22,7 @@ from sinkgd.lab.report.figures import Chart, identify
 from sinkgd.lab.report.page import measured_charts
 from sinkgd.lab.report.quantities import ABSENT, count, duration, loss, percent, size
 from sinkgd.lab.report.shell import render
+from sinkgd.lab.report.token_share import MeanShare, token_share
 
 VERDICT_FILE = "verdict.md"  # in the study's folder
 _TEMPLATE = Path(__file__).parent / "study.html"
@@ -109,8 +110,10 @@ def _reach_table(results: StudyResults, control: ArmResults) -> TextTable:
         comparison = analysis.comparisons.get(recipe.name)
         if comparison is None or recipe.name == name or recipe.name not in alike:
             continue
+        paired = _paired_share(results, recipe.name, control)
         if comparison.tokens is None or comparison.seconds is None:
-            rows.append((recipe.name, comparison.shortfall or ABSENT, *([ABSENT] * 4)))
+            shortfall = comparison.shortfall or ABSENT
+            rows.append((recipe.name, shortfall, ABSENT, paired, *([ABSENT] * 3)))
             continue
         fraction, time = comparison.token_fraction, comparison.time_fraction
         effective = comparison.effective_tokens_per_second
@@ -119,6 +122,7 @@ def _reach_table(results: StudyResults, control: ArmResults) -> TextTable:
                 recipe.name,
                 count(comparison.tokens.mean),
                 percent(fraction.mean) if fraction else ABSENT,
+                paired,
                 duration(comparison.seconds.mean) if timed else ABSENT,
                 percent(time.mean) if time and timed else ABSENT,
                 count(effective.mean) if effective and timed else ABSENT,
@@ -127,12 +131,28 @@ def _reach_table(results: StudyResults, control: ArmResults) -> TextTable:
     target = ABSENT if analysis.target is None else loss(analysis.target)
     return TextTable(
         title=f"To reach {name}’s final loss, {target}",
-        note=f"Means over all seeds, if all reached this loss. Percentages are relative to the "
-        f"whole run of {name}. Effective: all tokens of {name}, divided by the seconds that an arm "
-        "needs to reach this loss.",
-        columns=("arm", "tokens", "of all", "time", "of all", "effective tokens/s"),
+        note=f"Means over all seeds, if all reached this loss, which is {name}’s mean. Percentages "
+        f"are relative to the whole run of {name}. Seed by seed: the tokens that a run needs for "
+        f"the final loss of {name} with the same seed, as a geometric mean with its 95 % interval; "
+        f"if a run ends higher, the inverse of the share with which {name} reaches its loss. "
+        "Losses are those during training, when the schedule was not over yet. "
+        f"Effective: all tokens of {name}, divided by the seconds that an arm needs to reach this "
+        "loss.",
+        columns=(
+            *("arm", "tokens", "of all", "seed by seed"),
+            *("time", "of all", "effective tokens/s"),
+        ),
         rows=tuple(rows),
     )
+
+
+def _paired_share(results: StudyResults, arm: str, control: ArmResults) -> str:
+    """Return the share of the control's tokens that an arm needs, over the seeds of both."""
+    one = results.arm(arm)
+    others = {result.seed: result.run for result in control.seeds}
+    own = [(r.run, others[r.seed]) for r in (one.seeds if one else ()) if r.seed in others]
+    share = MeanShare.of([token_share(run, other) for run, other in own])
+    return ABSENT if share is None else str(share)
 
 
 def grid_table(results: StudyResults) -> TextTable:

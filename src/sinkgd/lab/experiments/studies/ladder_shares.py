@@ -4,14 +4,8 @@ Letters:
     N: number of hidden weights
     C: operations of a training, 6 for each hidden weight and token
     L: final validation loss, nats per token; fitted as a + b (C/C₁)^(-c), see `PowerLaw`
-    q: tokens that a run needs for the final loss of the better AdamW's run with the same seed, as a
-        share of all tokens. A run that ends above this loss has q = 1/p instead, where p is the
-        share of the tokens with which AdamW reaches the run's final loss. So q is below 1 if the
-        run needs fewer tokens than AdamW, and above 1 if it needs more.
-
-A run failed if it diverged, or if the first evaluation of the run that it is compared with is as
-low as its end: then no share is known. q is infinite if the method's run failed, and NaN if
-AdamW's did.
+    q: share of tokens that a run needs for the final loss of the better AdamW's run with the same
+        seed, see `token_share`
 """
 
 import math
@@ -19,9 +13,8 @@ from collections.abc import Mapping, Sequence
 
 from sinkgd.lab.experiments.fits import PowerLaw, Trend, fit_power_law, fit_trend
 from sinkgd.lab.experiments.studies.ladder_arms import ADAMWS, FAR_PRESET, hidden_weights
-from sinkgd.lab.experiments.study_record import RunResult
 from sinkgd.lab.experiments.study_results import ArmResults, StudyResults
-from sinkgd.lab.report.analysis import first_reach
+from sinkgd.lab.report.token_share import token_share
 
 
 def sizes_of(results: StudyResults, method: str) -> list[ArmResults]:
@@ -60,7 +53,7 @@ def shares(results: StudyResults, method: str) -> dict[float, list[float]]:
         if _is_lost(one):
             own = [math.inf] * len(others)
         else:
-            own = [_share(r, others[r.seed]) for r in one.seeds if r.seed in others]
+            own = [token_share(r.run, others[r.seed].run) for r in one.seeds if r.seed in others]
         if own:
             found[one.arm.value or math.nan] = own
     return dict(sorted(found.items()))
@@ -90,29 +83,6 @@ def _better_adamw(results: StudyResults, size: float | None) -> ArmResults | Non
 def _is_lost(one: ArmResults) -> bool:
     """Whether an arm diverged at every rate of its grid."""
     return one.chosen is None and len(one.grid) >= one.arm.efforts > 0
-
-
-def _share(one: RunResult, adamw: RunResult) -> float:
-    if not math.isfinite(adamw.loss):
-        return math.nan
-    if not math.isfinite(one.loss):
-        return math.inf
-    if one.loss > adamw.loss:
-        part = _part(adamw, one.loss)
-        return 1 / part if part else math.inf
-    return _part(one, adamw.loss) or math.nan
-
-
-def _part(one: RunResult, loss: float) -> float | None:
-    """Return the part of its tokens with which a run reaches a loss that it does reach.
-
-    None if its first evaluation is as low.
-    """
-    first, end = one.run.evaluations[0], one.run.end
-    reach = first_reach(one.run.evaluations, loss)
-    if first.val_loss <= loss or reach is None or end is None:
-        return None
-    return reach.tokens / end.tokens
 
 
 def known(own: Sequence[float]) -> list[float]:
