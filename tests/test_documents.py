@@ -181,11 +181,42 @@ def test_the_demo_of_the_readme_is_the_recorded_one(tmp_path, capsys, monkeypatc
     rows = [re.split(r"\s{2,}", line.strip()) for line in printed.splitlines()]
     report = {row[0]: row[1:] for row in rows}
     order = [rows[0].index(name) for name in names]
-    quoted = {"tokens to reach": "Tokens to reach", "time to reach": "Time to reach"}
-    for ours, theirs in quoted.items():
-        parts = [re.sub(r".*\((.*)\)", r"\1", report[theirs][place]) for place in order]
-        assert table[f"{ours} AdamW's final loss"] == parts
-    assert table["tokens per second"] == [report["Tokens/s, raw"][place] for place in order]
+    shares = [re.sub(r".*\((.*)\)", r"\1", report["Tokens to reach"][place]) for place in order]
+    assert table["tokens to reach AdamW's final loss"] == shares
+    steps = [[row for run in runs[name] for row in run.steps] for name in names]
+    times = [1000 * mean(row.optimizer_seconds for row in own) for own in steps]
+    assert table["time of the optimizer in a step, ms"] == [f"{time:.1f}" for time in times]
+    # Forward and backward are the same work, so their time is taken to be equal.
+    rest = {name: [row.step_seconds - row.optimizer_seconds for row in own]
+            for name, own in zip(names, steps, strict=True)}  # fmt: skip
+    by_run = [mean(row.step_seconds - row.optimizer_seconds for row in run.steps)
+              for own in runs.values() for run in own]  # fmt: skip
+    assert f"took {min(by_run):.2f} to {max(by_run):.2f} s a step" in prose_of("README.md")
+    both = mean([*rest["sinkgd"], *rest["adamw"]])
+    ours, theirs = (times[names.index(name)] / 1000 for name in ("sinkgd", "adamw"))
+    needed = int(shares[names.index("sinkgd")].split()[0]) / 100
+    time = needed * (both + ours) / (both + theirs)
+    assert f"needs {time:.0%} of AdamW's time".replace("%", " %") in prose_of("README.md")
+
+
+@pytest.mark.parametrize(
+    ("study", "arm", "control"),
+    [
+        ("table1", "sinkgd", "adamw"),
+        ("table1-long", "sinkgd", "adamw"),
+        ("recipes", "default", "adamw"),
+        ("pareto-20m", "sinkgd", "adamw"),
+        ("recipes-momentum", "default", "adamw-0.5"),
+        ("batch", "sinkgd-batch4", "adamw-batch4"),
+        ("batch", "sinkgd-batch64", "adamw-batch64"),
+    ],
+)
+def test_the_shares_of_tokens_in_the_evidence_are_recorded(study, arm, control):
+    verdict = (ROOT / f"benchmarks/studies/{study}/verdict.md").read_text(encoding="utf-8")
+    table = verdict[verdict.index(f"## To reach {control}’s final loss") :]
+    row = next(line for line in table.splitlines() if line.startswith(f"| {arm} |"))
+    share = row.split("|")[4].strip().replace("\xa0", " ").replace(" %)", ")")
+    assert share in prose_of("docs/evidence.md")
 
 
 STEPS = "2026-11-28-epyc"
