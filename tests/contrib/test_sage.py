@@ -48,9 +48,14 @@ def printed(weight, grads, *, lr=0.125, beta1=0.9, beta2=0.99, eps=1e-8):
     return torch.tensor(rows, dtype=torch.float64).reshape(weight.shape)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("shape", [(9, 5), (1, 6), (7,)])
-def test_it_is_the_printed_rule(shape):
-    start, *grads = draws(shape)
+def test_it_is_the_printed_rule(shape, dtype):
+    start, *grads = draws(shape, 40)
+    # Every other gradient is about as large as what is left of the one before in the momentum, so
+    # that the order in which direction and momentum are computed shows in many signs.
+    grads = [grad * (1.0 if t % 2 else 0.1) for t, grad in enumerate(grads)]
+    start, grads = start.to(dtype), [grad.to(dtype) for grad in grads]
     weight = nn.Parameter(start.clone())
     optimizer = optimizer_of([weight])
     for grad in grads:

@@ -102,10 +102,11 @@ def _direction(
 ) -> Tensor:
     """Return Lion's direction; average the gradient into the momentum unless ``flag`` is False."""
     beta1, beta2 = betas
-    wide = momentum.to(grad.dtype)
+    wide = momentum.to(grad.dtype)  # may be the momentum itself, so the direction comes first
+    direction = _between(wide, grad, beta1).sign_()
     ahead = _between(wide, grad, beta2)
     momentum.copy_(ahead if flag is None else torch.where(flag, ahead, wide))
-    return _between(wide, grad, beta1).sign_()
+    return direction
 
 
 def _between(momentum: Tensor, grad: Tensor, beta: float) -> Tensor:
