@@ -66,3 +66,33 @@ def test_inputs_of_mean_zero_are_no_trap():
     for _ in range(20):
         update = update_along(grad, optimizer, weight)
     assert_close(torch.linalg.svdvals(update.double())[0].item(), 1.0, rtol=1e-2, atol=0)
+
+
+@pytest.mark.parametrize("kept", [0, 1, 4, 16])
+@pytest.mark.parametrize("shape", [(64, 48), (48, 64)], ids=str)
+def test_rows_that_the_weight_projection_removes_do_not_shorten_the_update(shape, kept):
+    grad, plain = heavy(2, shape), nn.Parameter(torch.zeros(shape))
+    start = update_along(grad, optimizer_of(plain), plain)  # rows parallel to those of the update
+    start[:kept] = torch.randn(kept, shape[1], generator=torch.Generator().manual_seed(1))
+    weight = nn.Parameter(start.clone())
+    optimizer = optimizer_of(weight, operator_norm="unit", weight_projection=True, lr=1e-3)
+    for _ in range(40):
+        weight.data.copy_(start)
+        weight.grad = grad.clone()
+        optimizer.step()
+    moved = (start - weight.detach()).double() / 1e-3
+    assert not moved[kept:].any()
+    assert torch.linalg.svdvals(moved)[0].item() == pytest.approx(min(kept, 1), rel=2e-2)
+
+
+@pytest.mark.parametrize("last", ["row", "column"])
+def test_kept_scales_are_forgotten_where_last_was_changed(last):
+    weight = nn.Parameter(torch.zeros(9, 14))
+    optimizer = optimizer_of(weight, warm_start=True, last=last)
+    update_along(heavy(), optimizer, weight)
+    other = "row" if last == "column" else "column"
+    optimizer.param_groups[0]["last"] = other
+    found = update_along(heavy(1), optimizer, weight)
+    fresh = nn.Parameter(torch.zeros(9, 14))
+    expected = update_along(heavy(1), optimizer_of(fresh, warm_start=True, last=other), fresh)
+    assert_close(found, expected)

@@ -119,8 +119,9 @@ def pin(
     """Bring the estimated operator norm of each update to 1, or to √(m/n).
 
     The last half step gave every nonzero row the length √n, or every nonzero column the length √m,
-    so σ is at least that length. Deflation does not change this. An estimate below that length is
-    raised to it, so the update stays finite for any v.
+    so σ is at least that length. Deflation does not change this, but ``weight_projection`` may
+    remove rows; σ is then at least ‖X‖/√min(m, n), in the Frobenius norm. An estimate below this
+    bound is raised to it, so the update stays finite for any v.
 
     Args:
         matrices: The matrices to update.
@@ -133,24 +134,42 @@ def pin(
     u = [s.row * product(matrix.grad, (s.col * v).mT) for matrix, s, v in every]
     u = yield sum_over_columns(u, matrices)
     w = [s.col * product(p.grad.mT, s.row * x).mT for (p, s, _), x in zip(every, u, strict=True)]
-    # One message adds up both w and the squares of u.
-    squares = [x.square().sum(-2, keepdim=True) for x in u]
-    joined = [torch.cat([x, y], dim=-1) for x, y in zip(w, squares, strict=True)]
-    both = yield sum_over_rows(joined, matrices)
-    w, u_squares = [x[..., :-1] for x in both], [x[..., -1:] for x in both]
-    w_squares = yield sum_over_columns([x.square().sum(-1, keepdim=True) for x in w], matrices)
+    # One message adds up w and the squares of u and of X.
+    numbers = [
+        torch.cat([x.square().sum(-2, keepdim=True), _squares_of(matrix.grad, group)], dim=-1)
+        for x, matrix in zip(u, matrices, strict=True)
+    ]
+    joined = [torch.cat(pair, dim=-1) for pair in zip(w, numbers, strict=True)]
+    sums = yield sum_over_rows(joined, matrices)
+    w, u_squares = [x[..., :-2] for x in sums], [x[..., -2:-1] for x in sums]
+    pairs = [(x.square().sum(-1, keepdim=True), y[..., -1:]) for x, y in zip(w, sums, strict=True)]
+    totals = yield sum_over_columns([torch.cat(pair, dim=-1) for pair in pairs], matrices)
+    w_squares, X_squares = [x[..., :1] for x in totals], [x[..., 1:] for x in totals]
 
     pinned, kept, finite = [], [], []
     for i, (matrix, scale, v) in enumerate(every):
         m, n = matrix.shape
         sigma = torch.where(u_squares[i] == 0, 0, w_squares[i] / u_squares[i]).sqrt()
-        sigma = sigma.clamp(min=math.sqrt(m if group["last"] == "column" else n))
+        side = math.sqrt(m if group["last"] == "column" else n)
+        least = torch.where(X_squares[i] == 0, side, (X_squares[i] / min(m, n)).sqrt())
+        sigma = torch.maximum(sigma, least)
         size = math.sqrt(m / n) if group["operator_norm"] == "muon" else 1.0
         row = (scale.row * (size / sigma)).to(scales[i].row.dtype)
         pinned.append(Scales(row, scales[i].col))
         kept.append(_next(w[i], w_squares[i], v, n))
         finite.append(sigma.isfinite().all())
     return Pinned(pinned, kept, finite)
+
+
+def _squares_of(X: Tensor, group: Group) -> Tensor:
+    """Return this rank's part of X·X, ``(..., 1, 1)``; 0 if no row of X was removed.
+
+    After ``weight_projection``, the update X is in place of the gradient.
+    """
+    if not group["weight_projection"]:
+        return X.new_zeros(*X.shape[:-2], 1, 1, dtype=torch.float64)
+    norm: Tensor = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
+    return norm.double().square()
 
 
 def _next(w: Tensor, squares: Tensor, v: Tensor, n: int) -> Tensor:

@@ -82,10 +82,13 @@ def _start_shape(grad: Tensor) -> tuple[int, ...]:
 
 
 def _kept_starts(state: MutableMapping[str, Any], grads: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return a start ``(..., 1, n)`` for each matrix of a parameter; None if none is kept."""
-    if COL_SCALE not in state:
-        return [None] * len(grads)
+    """Return a start ``(..., 1, n)`` for each matrix of a parameter.
+
+    None if none is kept, or if ``last`` was changed, so that those of the other side are kept.
+    """
     shapes = [_start_shape(grad) for grad in grads]
+    if COL_SCALE not in state or state[COL_SCALE].numel() != sum(map(prod, shapes)):
+        return [None] * len(grads)
     parts = state[COL_SCALE].split([prod(shape) for shape in shapes])
     return [
         part.view(shape).to(torch.promote_types(grad.dtype, torch.float32))
@@ -96,7 +99,7 @@ def _kept_starts(state: MutableMapping[str, Any], grads: Sequence[Tensor]) -> li
 def _keep(state: MutableMapping[str, Any], cols: Sequence[Tensor], allowed: Tensor | None) -> None:
     """Keep the column scales of each matrix of a parameter, unless ``allowed`` is False."""
     found = torch.cat([_start(col).flatten() for col in cols])
-    if COL_SCALE not in state:
+    if COL_SCALE not in state or state[COL_SCALE].shape != found.shape:
         state[COL_SCALE] = torch.ones_like(found)
     if allowed is not None:
         found = torch.where(allowed, found, state[COL_SCALE])
