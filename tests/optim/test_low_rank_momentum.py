@@ -66,7 +66,8 @@ def test_directions_that_were_missing_come_back():
     ("options", "left", "right"),
     [
         ({}, (9, 4), (4, 14)),
-        ({"split": 3}, (9, 4), (12, 14)),
+        ({"split": 3}, (9, 3), (9, 14)),  # of matrices with three rows
+        ({"split": [4, 5]}, (9, 4), (8, 14)),
         ({"layout": "transposed"}, (4, 14), (9, 4)),
         ({"momentum_rank": 30}, (9, 9), (9, 14)),
     ],

@@ -51,8 +51,8 @@ class SinkGDVariant(SinkGD):
         momentum_rank: Rank r of a memory of earlier gradients, at least 0. The gradient G is
             replaced by the sum μPQᵀ + (1 − μ)G, where PQᵀ is the part of rank r that the last step
             kept of its own sum. G itself keeps its full rank. Keeps (m + n)·r float32 per matrix,
-            with r at most min(m, n); 0 keeps nothing. Copies the gradients of a few matrices at a
-            time.
+            with r at most min(m, n) of the largest matrix of a parameter; 0 keeps nothing. Copies
+            the gradients of a few matrices at a time.
         low_rank_momentum: Decay rate μ of this memory, in [0, 1). Needs ``momentum_rank``.
         last: Side of the last half step: ``"column"`` as in the paper, or ``"row"``, with which an
             iteration normalizes columns before rows. Only the columns, or only the rows, then have

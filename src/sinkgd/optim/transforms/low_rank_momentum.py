@@ -17,12 +17,12 @@ The rank of M is not limited: only what is remembered of earlier gradients has l
 instead keeps the momentum itself as a product of two factors, so that the momentum has low rank.
 PowerSGD iterates in the same way to compress gradients.
 
-State, float32 (float64 for float64), with r the least of ``momentum_rank``, the rows and the
-columns of a parameter: ``state[param]["momentum_left"]``, P, has r numbers per row, and is sharded
-like the rows. ``state[param]["momentum_right"]``, Q, has r numbers per column of each matrix, as
-`sinkgd.optim.column_vectors` shapes and shards them. A non-finite gradient leaves P and Q as they
-are. Scratch: M, for a few matrices at a time. On a mesh these few share two messages, or four if
-both rows and columns are sharded.
+State, float32 (float64 for float64), with r the least of ``momentum_rank``, and the rows and the
+columns of the largest matrix of a parameter: ``state[param]["momentum_left"]``, P, has r numbers
+per row, and is sharded like the rows. ``state[param]["momentum_right"]``, Q, has r numbers per
+column of each matrix, as `sinkgd.optim.column_vectors` shapes and shards them. A non-finite
+gradient leaves P and Q as they are. Scratch: M, for a few matrices at a time. On a mesh these few
+share two messages, or four if both rows and columns are sharded.
 
 Letters, everywhere in this file:
     m, n: rows and columns; ...: leading batch dimensions, one independent matrix each
@@ -47,7 +47,7 @@ from sinkgd.deflation import LowRank, at_once, invert_root, take_away_
 from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
 from sinkgd.distributed.shards import ParamMatrix, local, shard_except
 from sinkgd.exchange import Steps, computation
-from sinkgd.matrix_views import dims_of, rows_then_columns
+from sinkgd.matrix_views import dims_of, rows_then_columns, sizes_of
 from sinkgd.newton_schulz import matrix_buffer, or_one
 from sinkgd.number_check import check_decay_rate, check_whole_number
 from sinkgd.optim.column_vectors import (
@@ -122,7 +122,8 @@ def _prepare(state: MutableMapping[str, Any], param: Tensor, group: Group, count
     layout = group["layout"]
     (row_dim,), cols = dims_of(param.ndim, layout)
     columns = prod(param.shape[dim] for dim in cols)
-    rank = min(group["momentum_rank"], param.shape[row_dim], columns)
+    rows = max(sizes_of(param.shape[row_dim], group["split"]), default=0)
+    rank = min(group["momentum_rank"], rows, columns)
     shape = shape_of_vectors(param, layout, count * rank)
     if RIGHT in state and [*state[RIGHT].shape] == shape:
         return
