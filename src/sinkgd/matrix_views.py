@@ -150,6 +150,17 @@ def are_dense(x: Tensor) -> bool:
     return True
 
 
+def dense_strides(x: Tensor) -> tuple[int, ...]:
+    """Return strides without gaps in the memory order of ``x``; those of ``x`` if it is dense."""
+    if are_dense(x):
+        return x.stride()
+    strides, expected = [0] * x.dim(), 1
+    for dim in sorted(range(x.dim()), key=lambda dim: (x.stride(dim), x.shape[dim])):
+        strides[dim] = expected
+        expected *= max(1, x.shape[dim])
+    return tuple(strides)
+
+
 def same_memory_order(x: Tensor, y: Tensor) -> bool:
     """Whether two tensors of one shape have the same memory order, with the same gaps."""
     return x.stride() == y.stride() or all(

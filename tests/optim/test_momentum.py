@@ -83,3 +83,56 @@ def test_many_directions_are_made_a_few_at_a_time(monkeypatch):
     together = run()
     monkeypatch.setattr("sinkgd.optim.transform.SCRATCH_BYTES", 1200)
     assert all(torch.equal(a, b) for a, b in zip(together, run(), strict=True))
+
+
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("mu", [0.5, 0.9, 0.99])
+def test_averages_in_8_bits_fade_where_there_are_no_updates(mu, nesterov):
+    options = {"momentum": mu, "nesterov": nesterov, "momentum_place": "after"}
+    weight = nn.Parameter(torch.zeros(4, 9, 14))
+    optimizer = optimizer_of(weight, momentum_bits=8, **options)
+    for seed in range(30):
+        weight.grad = torch.stack([heavy(4 * seed + i) for i in range(4)])
+        optimizer.step()
+    weight.grad[1] = 0  # an expert without tokens
+    weight.grad[2, 3] = 0
+    for _ in range(127):
+        optimizer.step()
+    kept = optimizer.state[weight]["momentum_buffer"]
+    assert kept.dtype == torch.int8
+    assert not kept[1].any()
+    assert not kept[2, 3].any()
+    assert kept[0].any()
+    before = weight.detach().clone()
+    optimizer.step()
+    assert torch.equal(weight[1], before[1])
+
+
+@pytest.mark.parametrize("mu", [0.5, 0.9, 0.99])
+def test_noisy_averages_in_8_bits_are_not_shortened(mu):
+    sizes = []
+    for bits in (8, 32):
+        weight = nn.Parameter(torch.zeros(64, 64))
+        options = {"momentum": mu, "momentum_place": "after", "momentum_bits": bits}
+        optimizer = optimizer_of(weight, **options)
+        for seed in range(200):
+            update = update_along(heavy(seed, (64, 64)), optimizer, weight)
+        sizes.append(update.norm().item())
+    assert sizes[0] > 0.98 * sizes[1]  # rounding makes them longer, by 20 % at 0.99
+
+
+@pytest.mark.parametrize("bits", [8, 32])
+@pytest.mark.parametrize("transposed", [False, True])
+def test_the_gaps_of_a_weight_take_no_memory(bits, transposed):
+    weights = torch.zeros(64, 1024)[:, :64]
+    weight = nn.Parameter(weights.T if transposed else weights)
+    options = {"momentum": 0.5, "momentum_place": "after", "momentum_bits": bits}
+    gapped, plain = optimizer_of(weight, **options), nn.Parameter(torch.zeros(64, 64))
+    dense = optimizer_of(plain, **options)
+    for seed in range(3):
+        update = update_along(heavy(seed, (64, 64)), gapped, weight)
+        expected = update_along(heavy(seed, (64, 64)), dense, plain)
+        assert_close(update, expected)
+    kept = gapped.state[weight]["momentum_buffer"]
+    assert kept.untyped_storage().nbytes() == bits // 8 * 64 * 64
+    assert bits == 8 or kept.is_contiguous() != transposed

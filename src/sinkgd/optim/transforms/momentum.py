@@ -15,8 +15,10 @@ State: ``state[param]["momentum_buffer"]``, sharded like the parameter: float32,
 (float64 for float64), since an average in bfloat16 would lose small gradients. With
 ``momentum_bits=8``, ``"after"`` keeps one byte for each entry b of B instead: the nearest integer
 to ±127 √(|b|/4), so that codes are closer together near zero. No scales are kept with the bytes,
-since an average of updates has a root-mean-square of at most 1; entries beyond ±4 become ±4.
-PowerStep keeps the momentum of another normalized update in int8.
+since an average of updates has a root-mean-square of at most 1; entries beyond ±4 become ±4. An
+entry without an update, such as one of an expert without tokens, is rounded toward zero: the
+nearest code could be the one that it had, and the average would never fade. PowerStep keeps the
+momentum of another normalized update in int8.
 
 Scratch: one parameter in float32 at a time. Directions of Nesterov's rule, averages of updates for
 ``constant_norm``, and averages decoded from 8 bits are as large as the gradients, and computed in
@@ -38,6 +40,7 @@ from torch import Tensor
 from sinkgd.distributed.shards import first_entry_of, from_local, local
 from sinkgd.exchange import Computation, Steps, computation
 from sinkgd.kernels.eager import apply_update_
+from sinkgd.matrix_views import dense_strides
 from sinkgd.number_check import check_decay_rate
 from sinkgd.optim.apply import UpdateWriter, allowed
 from sinkgd.optim.method import Context, Group, Slot, are_finite
@@ -48,6 +51,7 @@ MOMENTUM = "momentum_buffer"
 PLACES = ("before", "after")
 BITS = (8, 32)
 LARGEST = 4.0  # absolute value of an entry of B in 8 bits
+ROUNDING = 2.0**-20  # relative; more than the errors of a step in float32
 
 
 class Momentum(Transform):
@@ -168,13 +172,17 @@ def _copies(group: Group) -> bool:
 
 
 def _buffer(state: MutableMapping[str, Any], param: Tensor) -> Tensor:
-    """Return B: zeros if absent, a copy if B is in 8 bits or lost the parameter's memory order."""
+    """Return B: zeros if absent, a copy if B is in 8 bits or lost the parameter's memory order.
+
+    B is dense, even if there are gaps between the entries of the parameter.
+    """
     kept: Tensor | None = state.get(MOMENTUM)
     here = local(param)
     dtype = torch.promote_types(param.dtype, torch.float32)
-    if kept is not None and (kept.dtype, local(kept).stride()) == (dtype, here.stride()):
+    strides = dense_strides(here)
+    if kept is not None and (kept.dtype, local(kept).stride()) == (dtype, strides):
         return kept
-    own = torch.empty_strided(here.shape, here.stride(), dtype=dtype, device=here.device)
+    own = torch.empty_strided(here.shape, strides, dtype=dtype, device=here.device)
     if kept is None:
         own.zero_()
     else:
@@ -185,13 +193,22 @@ def _buffer(state: MutableMapping[str, Any], param: Tensor) -> Tensor:
 def _keep(state: MutableMapping[str, Any], param: Tensor, buffer: Tensor, group: Group) -> None:
     """Keep B in as many bits as the group asks for."""
     if group["momentum_bits"] == 8:
-        buffer = from_local(param, _to_int8(local(buffer)))
+        kept: Tensor | None = state.get(MOMENTUM)
+        before = kept if kept is not None and kept.dtype == torch.int8 else None
+        code = _to_int8(local(buffer), None if before is None else local(before), group["momentum"])
+        buffer = from_local(param, code)
     state[MOMENTUM] = buffer
 
 
-def _to_int8(x: Tensor) -> Tensor:
-    size = (x.abs() / LARGEST).sqrt_().mul_(127).round_().clamp_(max=127)
-    return size.copysign_(x).to(torch.int8)
+def _to_int8(x: Tensor, before: Tensor | None, mu: float) -> Tensor:
+    """Encode B, given its codes before the step; entries that only faded go toward zero."""
+    size = (x.abs() / LARGEST).sqrt_().mul_(127)
+    nearest = size.round()
+    if before is not None:
+        was = _from_int8(before)
+        only_faded = (x - mu * was).abs() <= ROUNDING * was.abs()
+        nearest = torch.where(only_faded, size.floor_(), nearest)
+    return nearest.clamp_(max=127).copysign_(x).to(torch.int8)
 
 
 def _from_int8(code: Tensor) -> Tensor:
