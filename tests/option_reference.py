@@ -54,8 +54,9 @@ class Expected:
 
     def _averaged(self, x: Tensor) -> Tensor:
         mu, B = self.momentum, self.kept.get("B", torch.zeros_like(x))
-        B = mu * B + (1 - mu) * x
-        self.kept["B"] = _in_a_byte(B) if self.momentum_bits == 8 else B
+        faded = mu * B
+        B = faded + (1 - mu) * x
+        self.kept["B"] = _in_a_byte(B, faded) if self.momentum_bits == 8 else B
         return mu * B + (1 - mu) * x if self.nesterov else B
 
     def _with_memory(self, G: Tensor) -> Tensor:
@@ -137,16 +138,26 @@ class Expected:
         w = X.T @ u
         if not X.any():
             return X
-        sigma = max(w.norm() / u.norm(), math.sqrt(m if self.last == "column" else n))
+        least = math.sqrt(m if self.last == "column" else n)
+        if self.weight_projection:  # which may have removed rows
+            least = math.hypot(*X.flatten().tolist()) / math.sqrt(min(m, n))
+        sigma = max(w.norm() / u.norm(), least)
         self.kept["v"] = w / w.norm()
         return X * ((math.sqrt(m / n) if self.operator_norm == "muon" else 1.0) / sigma)
 
 
-def _in_a_byte(B: Tensor) -> Tensor:
-    """Return the nearest of 4 (k/127)², with either sign, in terms of k."""
+def _in_a_byte(B: Tensor, faded: Tensor) -> Tensor:
+    """Return the nearest of 4 (k/127)², with either sign, in terms of k.
+
+    Where B is what was left of the average before, within float32's errors, return the largest that
+    is not above B in absolute value.
+    """
     levels = torch.tensor([4 * (k / 127) ** 2 for k in range(128)], dtype=torch.float64)
     halfway = torch.tensor([4 * ((k + 0.5) / 127) ** 2 for k in range(127)], dtype=torch.float64)
-    return levels[torch.bucketize(B.abs(), halfway)] * B.sign()
+    nearest = levels[torch.bucketize(B.abs(), halfway)]
+    below = levels[(torch.bucketize(B.abs(), levels, right=True) - 1).clamp(max=127)]
+    has_faded = (B - faded).abs() <= 2.0**-20 * faded.abs()
+    return torch.where(has_faded, below, nearest) * B.sign()
 
 
 def _fixed(k: int, n: int) -> Tensor:

@@ -150,6 +150,17 @@ def are_dense(x: Tensor) -> bool:
     return True
 
 
+def overlaps(x: Tensor) -> bool:
+    """Whether entries of ``x`` may share memory, as after ``expand``."""
+    reach = 0  # the largest distance of two entries along the dimensions so far
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size > 1:
+            if stride <= reach:
+                return True
+            reach += stride * (size - 1)
+    return False
+
+
 def dense_strides(x: Tensor) -> tuple[int, ...]:
     """Return strides without gaps in the memory order of ``x``; those of ``x`` if it is dense."""
     if are_dense(x):

@@ -102,7 +102,7 @@ def low_rank_momentum():
 
 
 def pinned():
-    group = {"last": "column", "operator_norm": "muon"}
+    group = {"last": "column", "operator_norm": "muon", "weight_projection": True}
     return pin(sharded_matrices(), found_scales(), [ones((1, 6)) for _ in SHARDINGS], group)
 
 

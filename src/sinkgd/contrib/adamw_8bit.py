@@ -23,7 +23,7 @@ from sinkgd.exchange import Computation, immediate, run
 from sinkgd.kernels.eager import apply_update_
 from sinkgd.optim.apply import allowed, decay_factor, decays_cautiously, learning_rate
 from sinkgd.optim.method import Context, Group, Slot, are_finite
-from sinkgd.optim.methods.adamw import AdamW, check_averages
+from sinkgd.optim.methods.adamw import AdamW, check_averages, refuse_other_dtype
 
 # Sizes in bitsandbytes: the entries of a block, and those of the smallest tensor whose moments are
 # stored in 8 bits.
@@ -92,6 +92,11 @@ class AdamW8bit(AdamW):
                 blocks = math.ceil(param.numel() / BLOCK)
                 absmax = torch.zeros(blocks, dtype=torch.float32, device=param.device)
                 state[f"absmax{number}"] = absmax
+
+    def check_other_dtype(self, name: str, param: Tensor, grad: Tensor, group: Group) -> None:
+        """Refuse the gradient: on a GPU bitsandbytes would write beyond the end of the weights."""
+        del group
+        refuse_other_dtype(name, param, grad)
 
     def step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
         """Check the gradients, then update the parameters one by one."""

@@ -33,7 +33,7 @@ from sinkgd.optim.apply import allowed
 from sinkgd.optim.arguments import suggest_names
 from sinkgd.optim.grouped import GroupedOptimizer
 from sinkgd.optim.method import Context, Group, Method, Need, Slot, are_finite
-from sinkgd.optim.methods.adamw import descend_by_adamw_
+from sinkgd.optim.methods.adamw import descend_by_adamw_, refuse_other_dtype
 
 NORM_HISTORY = "norm_history"
 FEWEST_NORMS = 10  # a norm is tested only if there are this many earlier norms
@@ -206,6 +206,11 @@ class AdamWSpam(Method):
             group[NORM_HISTORY] = torch.full(
                 (group["norm_window"],), math.nan, dtype=torch.float64, device=device
             )
+
+    def check_other_dtype(self, name: str, param: Tensor, grad: Tensor, group: Group) -> None:
+        """Refuse the gradient, which torch's AdamW does not take."""
+        del group
+        refuse_other_dtype(name, param, grad)
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """Create both moments and the maximum of the second, filled with zeros."""

@@ -31,6 +31,7 @@ from sinkgd.optim.methods.adamw import (
     check_adamw,
     descend_by_adamw_,
     init_moments,
+    refuse_other_dtype,
 )
 
 # The state entry that counts the resets of a parameter.
@@ -258,6 +259,11 @@ class Spam(Method):
         """Refuse options out of range. Parameters of any shape are accepted, whole or sharded."""
         del name
         check_resets(param, group)
+
+    def check_other_dtype(self, name: str, param: Tensor, grad: Tensor, group: Group) -> None:
+        """Refuse the gradient, which torch's AdamW does not take."""
+        del group
+        refuse_other_dtype(name, param, grad)
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """Create both moments, filled with zeros, and the count of resets."""

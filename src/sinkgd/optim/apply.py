@@ -120,10 +120,10 @@ def check_rounding(name: str, param: Tensor, group: Group) -> None:
     """
     if group["rounding"] not in ROUNDINGS:
         raise ValueError(f"rounding must be one of {ROUNDINGS}, got {group['rounding']!r}")
-    if group["rounding"] == "nearest":
-        return
     if not 0 <= group["seed"] < 1 << 63:
         raise ValueError(f"seed must be an integer in [0, 2**63), got {group['seed']!r}")
+    if group["rounding"] == "nearest":
+        return
     if param.dtype == torch.float16:
         raise ValueError(
             f"rounding='stochastic' rounds bfloat16 parameters; {name!r} is float16. "

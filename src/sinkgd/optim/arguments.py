@@ -14,6 +14,7 @@ import difflib
 import functools
 import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from numbers import Integral, Real
 from types import MappingProxyType
 from typing import Any, ParamSpec, TypeVar
 
@@ -45,7 +46,7 @@ _RATES = ("lr", "weight_decay")
 
 # Keys of a group that are not options: torch's own, those of its schedulers, timm's factor of a
 # layer, and a name.
-_OTHER_KEYS = {
+OTHER_KEYS = {
     *("params", "param_names", "name", "lr_scale"),
     *("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"),
 }
@@ -129,7 +130,7 @@ def check_keys(group: Mapping[str, Any], source: str) -> None:
     taken = options_of(group["algorithm"])
     counters = METHODS[group["algorithm"]].counters
     for key in group:
-        if key in _OTHER_KEYS or key in taken or key == "algorithm":
+        if key in OTHER_KEYS or key in taken or key == "algorithm":
             continue
         close = difflib.get_close_matches(key, ["algorithm", *taken], n=1)
         shown = ", ".join(sorted(option for option in taken if option not in counters))
@@ -251,6 +252,20 @@ def list_names(names: Sequence[str], most: int = 5) -> str:
     if left > 0:
         return f"{', '.join(names[:most])} and {left} more"
     return " and ".join([", ".join(names[:-1]), names[-1]] if len(names) > 1 else names)
+
+
+def plain(value: Any) -> Any:
+    """Return numbers of other libraries, such as NumPy's, as Python's; all else as it is.
+
+    ``torch.load(weights_only=True)`` refuses a checkpoint with NumPy's numbers.
+    """
+    if type(value) in (bool, int, float):
+        return value
+    if type(value) in (list, tuple):
+        return type(value)(map(plain, value))
+    if isinstance(value, Integral):
+        return int(value)
+    return float(value) if isinstance(value, Real) else value
 
 
 def check_kinds(options: Mapping[str, Any]) -> None:

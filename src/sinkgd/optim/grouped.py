@@ -27,6 +27,7 @@ from sinkgd.optim.arguments import (
     find_method,
     list_names,
     passed_of,
+    plain,
     resolve,
 )
 from sinkgd.optim.dependent_options import check_own_options, check_passed_options
@@ -92,6 +93,7 @@ class GroupedOptimizer(Optimizer):
         self._rates_are_of_groups = False  # whether every group of the constructor had a rate
         self._parameters = ParameterIndex()
         name = type(self).__name__
+        arguments = {option: plain(value) for option, value in arguments.items()}
         own_algorithm = None if self.takes_every_group else self.default_algorithm
         groups = as_groups(params, self.usual_call)
         given = [dict(group) for group in groups if isinstance(group, dict)]  # torch refuses others
@@ -161,6 +163,8 @@ class GroupedOptimizer(Optimizer):
         """
         if not isinstance(param_group, dict):
             raise TypeError(f"a group must be a dict, got {type(param_group).__name__}")
+        for option in param_group.keys() - {"params"}:
+            param_group[option] = plain(param_group[option])
         method = find_method(param_group.setdefault("algorithm", self.default_algorithm))
         check_keys(param_group, f"group {len(self.param_groups)}")
         given = dict(param_group)
@@ -262,7 +266,9 @@ class GroupedOptimizer(Optimizer):
                 updated.
             TypeError: If a gradient is sparse, or a trainer has replaced a parameter by a flat
                 tensor.
-            ValueError: If a scheduler has given momentum to a group that was built without it.
+            ValueError: If an option of a group was changed to a value that does not fit, or a
+                scheduler has given momentum to a group that was built without it. Nothing was
+                updated.
         """
         try:
             return self._step(closure)
@@ -479,7 +485,11 @@ class GroupedOptimizer(Optimizer):
             for option in METHODS[group["algorithm"]].counters:
                 if group.get(option) is not None and group["params"]:
                     group[option] = group[option].to(group["params"][0].device)
-        self._without_momentum = [own for own in self.param_groups if not own.get("momentum")]
+        self._without_momentum = [
+            group
+            for group, own in zip(self.param_groups, own_groups, strict=True)
+            if not group.get("momentum") and not own.get("momentum")
+        ]
         restore_types(self, loaded, own_state)
         for param, own in own_state.items():
             if not own:  # as `init_state` left it
@@ -488,13 +498,13 @@ class GroupedOptimizer(Optimizer):
     def _begin_step(self) -> None:
         """Check what may have changed since the last step."""
         self._check_momentum()
+        self._parameters.begin_step(self.param_groups, self.state)
         for group in self.param_groups:
             if group.get("rounding") == "stochastic":
                 init_counter(group)
-        self._parameters.begin_step(self.param_groups, self.state)
 
     def _check_momentum(self) -> None:
-        """Refuse momentum in a group that was built without it.
+        """Refuse momentum in a group that was built without it, and has not loaded it.
 
         torch's OneCycleLR and CyclicLR write ``momentum`` into every group. In a group with
         ``betas``, it replaces the first of these, as the schedulers do with torch's AdamW.

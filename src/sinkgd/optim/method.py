@@ -70,6 +70,9 @@ class Method(ABC):
     # Whether the method is for parameters that are not hidden matrices; no optimizer is named after
     # it.
     is_auxiliary: ClassVar[bool] = False
+    # State whose size depends on options, and that a step makes anew if they have changed: its
+    # name, and the side that is sized so: "row", "column" or "all".
+    resizable: Mapping[str, str] = MappingProxyType({})
     # Why parameters cannot be updated one by one, and what to do about it; None if they can.
     needs_all_gradients: ClassVar[str | None] = None
 
@@ -91,6 +94,14 @@ class Method(ABC):
         Returns:
             ``(slots,)`` bool, on their device: whether each gradient is finite. Parameters with a
             non-finite gradient are left unchanged.
+        """
+
+    def check_other_dtype(  # noqa: B027 - most methods take any
+        self, name: str, param: Tensor, grad: Tensor, group: Group
+    ) -> None:
+        """Raise TypeError if the method cannot take a gradient of another dtype than ``param``.
+
+        Called before anything is written.
         """
 
     def needs_scratch(self, group: Group) -> bool:  # noqa: ARG002 - part of the contract

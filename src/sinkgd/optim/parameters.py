@@ -3,8 +3,8 @@
 Trainers may replace parameters after the optimizer was created. accelerate replaces them by FSDP2's
 DTensors of the same shape, which works. DeepSpeed's ZeRO replaces all parameters of a group by one
 flat tensor, which has neither rows nor columns. Other trainers keep the parameter and set its
-``data`` to a flat tensor, or to another dtype. So every step looks for parameters that have changed
-since they were checked.
+``data`` to a flat tensor, or to another dtype. Users write other options into the groups. So every
+step looks for parameters and options that have changed since they were checked.
 """
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence, Set
@@ -14,22 +14,28 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from sinkgd.distributed.shards import is_dtensor, placed_as
-from sinkgd.optim.arguments import check_kinds
+from sinkgd.distributed.shards import is_dtensor, local, placed_as
+from sinkgd.matrix_views import dims_of, overlaps
+from sinkgd.optim.arguments import OTHER_KEYS, check_kinds
 from sinkgd.optim.method import Group, Method, Slot
 from sinkgd.optim.methods import METHODS
 from sinkgd.optim.nonfinite import POLICIES
 
 States = Mapping[Tensor, Mapping[str, Any]]
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Options that schedulers change.
+_SCHEDULED = frozenset({"weight_decay", "momentum", "betas"})
+
 
 class Checked(NamedTuple):
-    """The parameters of a group when they were last checked."""
+    """The parameters and the options of a group when they were last checked."""
 
     params: list[Tensor]
     names: list[str]
     shapes: list[torch.Size]
     dtypes: list[torch.dtype]
+    options: Group
 
     def is_changed(self, i: int, param: Tensor) -> bool:
         """Whether a parameter has another shape or dtype than when it was checked."""
@@ -75,9 +81,37 @@ class ParameterIndex:
         self._index = None
 
     def check(self, groups: Sequence[Group], states: States) -> None:
-        """Check parameters that did not come through ``add_param_group``."""
-        if not torch.compiler.is_compiling() and not _are_same(groups, self._checked):
+        """Check parameters and options that did not come through ``add_param_group``."""
+        if torch.compiler.is_compiling():
+            return
+        if not _are_same(groups, self._checked):
             self._check_new(groups, states)
+        for index, group in enumerate(groups):
+            self._check_options(group, index)
+
+    def _check_options(self, group: Group, index: int) -> None:
+        """Check options that were changed, before the step writes anything.
+
+        Schedulers change some numbers in every step. If only these have changed, one parameter is
+        enough to check their range.
+        """
+        before = self._checked[index]
+        changed = [key for key in _options_of(group) if not _is_equal(group, before.options, key)]
+        if not changed:
+            return
+        params = [*named(group, index)]
+        if _SCHEDULED.issuperset(changed):
+            params = params[:1]
+        try:
+            if "algorithm" in changed:
+                was, now = before.options["algorithm"], group["algorithm"]
+                raise ValueError(f"algorithm was {was!r}, now {now!r}; build a new optimizer")
+            check_options(group)
+            for name, param in params:
+                check_param(name, param, group, METHODS[group["algorithm"]])
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"group {index} was changed: {error}") from None
+        self._checked[index] = before._replace(options=_options_of(group))
 
     def _check_new(self, groups: Sequence[Group], states: States) -> None:
         for index, name, param in _unchecked(groups, self._checked):
@@ -126,8 +160,8 @@ class ParameterIndex:
             some: Results of `find`; all parameters by default.
 
         Raises:
-            TypeError: If a gradient is sparse or on another mesh than its parameter, or a parameter
-                has changed and no longer fits.
+            TypeError: If a gradient is sparse, on another mesh than its parameter, or of a dtype
+                that its method does not take; or a parameter has changed and no longer fits.
         """
         found: dict[tuple[int, torch.device], list[Slot]] = {}
         is_compiling = torch.compiler.is_compiling()
@@ -144,6 +178,9 @@ class ParameterIndex:
                     f"{name!r} has a sparse gradient, and {optimizer} needs dense ones, whichever "
                     "algorithm its group runs; make it dense, e.g. Embedding(sparse=False)"
                 )
+            if grad.dtype != param.dtype:
+                group = groups[index]
+                METHODS[group["algorithm"]].check_other_dtype(name, param, grad, group)
             slot = Slot(name, number, param, placed_as(param, grad, name))
             found.setdefault((index, param.device), []).append(slot)
         return [(index, slots) for (index, _), slots in found.items()]
@@ -172,7 +209,28 @@ def _checked(group: Group, index: int) -> Checked:
     """Return what to remember of a group after its parameters were checked."""
     names, params = zip(*named(group, index), strict=True) if group["params"] else ((), ())
     shapes = [param.shape for param in params]
-    return Checked([*params], [*names], shapes, [param.dtype for param in params])
+    dtypes = [param.dtype for param in params]
+    return Checked([*params], [*names], shapes, dtypes, _options_of(group))
+
+
+def _options_of(group: Group) -> Group:
+    """Return the options that are compared: all but the rate, and what a method counts."""
+    skipped = METHODS[group["algorithm"]].counters if group["algorithm"] in METHODS else ()
+    return {
+        key: value
+        for key, value in group.items()
+        if key not in OTHER_KEYS and key not in skipped and key != "lr"
+    }
+
+
+def _is_equal(group: Group, before: Group, key: str) -> bool:
+    """Whether an option has not changed; a tensor is the same only if it is the same object."""
+    value, old = group[key], before.get(key)
+    if value is old:
+        return True
+    if isinstance(value, Tensor) or isinstance(old, Tensor):
+        return False
+    return key in before and bool(value == old)
 
 
 def named(group: Group, index: int) -> Iterator[tuple[str, Tensor]]:
@@ -272,9 +330,25 @@ def misfit_of_state(param: Tensor, group: Group, state: Mapping[str, Any]) -> st
         if not isinstance(value, Tensor) or not isinstance(expected, Tensor):
             continue
         is_whole = is_dtensor(value) or not is_dtensor(param)
-        if is_whole and value.shape != expected.shape:
+        if is_whole and not _have_one_shape(name, value, expected, group):
             return name
     return None
+
+
+def _have_one_shape(name: str, value: Tensor, expected: Tensor, group: Group) -> bool:
+    """Compare the shapes of a state, without the dimensions whose sizes options may have changed.
+
+    A step makes such a state anew.
+    """
+    side = METHODS[group["algorithm"]].resizable.get(name)
+    if side is None or value.dim() != expected.dim():
+        return value.shape == expected.shape
+    if side == "all":
+        return True
+    rows, cols = dims_of(expected.dim(), group["layout"])
+    free = rows if side == "row" else cols
+    pairs = enumerate(zip(value.shape, expected.shape, strict=True))
+    return all(one == other for dim, (one, other) in pairs if dim not in free)
 
 
 def has_state(group: Group) -> bool:
@@ -304,11 +378,21 @@ def check_group(group: Group, index: int, method: Method, call: str) -> None:
         TypeError: If an option or a parameter has the wrong type; the message names it.
         ImportError: If the group needs a package that is not installed.
     """
+    check_options(group)
+    for name, param in named(group, index):
+        check_param(name, param, group, method, call)
+
+
+def check_options(group: Group) -> None:
+    """Refuse options of the wrong kind, and an unknown policy; methods check all other ranges.
+
+    Raises:
+        TypeError: If an option has the wrong type.
+        ValueError: If a rate, a beta or the policy is out of range.
+    """
     check_kinds(group)
     if group["nonfinite"] not in POLICIES:
         raise ValueError(f"nonfinite must be one of {POLICIES}, got {group['nonfinite']!r}")
-    for name, param in named(group, index):
-        check_param(name, param, group, method, call)
 
 
 def check_param(
@@ -324,14 +408,26 @@ def check_param(
         call: The right call for a model, for errors.
 
     Raises:
-        ValueError: If the parameter or an option of its group does not fit; the message names it.
-        TypeError: If the parameter is not real and floating, was flattened, or cannot be handled by
-            the method; the message gives its name.
+        ValueError: If the parameter or an option of its group does not fit, or entries of the
+            parameter share memory; the message names it.
+        TypeError: If the parameter is not real and floating, of 16 bits or more, was flattened, or
+            cannot be handled by the method; the message gives its name.
     """
     check_initialized(name, param)
     if not param.is_floating_point():
         raise TypeError(
             f"{name!r} is {param.dtype}; only real floating-point parameters can be normalized"
+        )
+    if param.dtype not in _DTYPES:
+        raise TypeError(
+            f"{name!r} is {param.dtype}, and torch has no arithmetic for it; keep the weights that "
+            "are trained in bfloat16 or float32"
+        )
+    if overlaps(local(param)):
+        raise ValueError(
+            f"entries of {name!r} share memory: its shape is {tuple(param.shape)}, its strides are "
+            f"{param.stride()}; give the optimizer a parameter of its own memory, e.g. "
+            "nn.Parameter(weight.contiguous())"
         )
     if getattr(param, "_fsdp_flattened", False) or hasattr(param, "ds_id"):
         raise TypeError(

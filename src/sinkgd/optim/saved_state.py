@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from sinkgd.optim.arguments import plain
 from sinkgd.optim.method import Group
 from sinkgd.optim.parameters import has_state, misfit_of_state, named
 from sinkgd.optim.roles import without_wrappers
@@ -40,7 +41,7 @@ _UNNAMED = re.compile(r"parameter \d+ of group \d+")
 
 def saved_options(group: Group) -> Group:
     """Return the options of a group as they are saved: norms as text, so no class is pickled."""
-    options = {key: value for key, value in group.items() if key != "params"}
+    options = {key: plain(value) for key, value in group.items() if key != "params"}
     if "norms" in options:
         options["norms"] = tuple(map(repr, options["norms"]))
     return options

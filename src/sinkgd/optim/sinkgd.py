@@ -75,7 +75,8 @@ class SinkGD(GroupedOptimizer):
             on average).
         seed: Seed of the stochastic rounding; equal seeds draw equal bits.
         momentum: Decay rate μ of an exponential average B of the gradients, in [0, 1). B is
-            normalized instead of the gradient. Keeps one float32 per entry; 0 keeps nothing.
+            normalized instead of the gradient. Keeps one float32 per entry; 0 keeps nothing. A
+            matrix whose gradients become zero goes on at the full rate: docs/options.md.
         nesterov: Normalize μB + (1 − μ)G instead of B. Needs ``momentum``.
         deflated_rank: Number k of the update's leading singular values that are lowered to the next
             one; 0 lowers none. This whitens the largest directions, at the cost of two more passes

@@ -14,6 +14,7 @@ two messages does not count: it is created anew each time.
 
 from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from math import prod
+from types import MappingProxyType
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -161,6 +162,8 @@ class Transform:
     switch: ClassVar[str]
     # How to turn it on, for errors; only for a transform with several options.
     remedy: ClassVar[str] = ""
+    # As `Method.resizable`.
+    resizable: ClassVar[Mapping[str, str]] = MappingProxyType({})
     # Whether it also transforms parameters with fewer than two dimensions, by `around`.
     takes_vectors: ClassVar[bool] = False
 

@@ -69,6 +69,12 @@ class AdamW(Method):
         """Create both moments, filled with zeros."""
         init_moments(state, param, fused=group["fused"])
 
+    def check_other_dtype(self, name: str, param: Tensor, grad: Tensor, group: Group) -> None:
+        """Refuse the gradient, unless the parameter is updated in float32."""
+        if group["rounding"] != "stochastic" or param.dtype != torch.bfloat16:
+            remedy = ", or use rounding='stochastic' for bfloat16 parameters"
+            refuse_other_dtype(name, param, grad, remedy)
+
     def adopt(
         self, param: Tensor, group: Group, saved: Mapping[str, Any]
     ) -> MutableMapping[str, Any]:
@@ -120,7 +126,6 @@ class AdamW(Method):
         together: list[tuple[Slot, MutableMapping[str, Any]]] = []
         for slot, state, key in zip(slots, states, keys, strict=True):
             if key is None or slot.param.dtype != torch.bfloat16:
-                _check_one_dtype(slot)
                 together.append((slot, state))
             else:
                 _descend_in_float32_(slot, state, key, descend)
@@ -132,17 +137,16 @@ class AdamW(Method):
             )
 
 
-def _check_one_dtype(slot: Slot) -> None:
-    """Refuse a gradient of another dtype, which torch's functions do not take.
+def refuse_other_dtype(name: str, param: Tensor, grad: Tensor, remedy: str = "") -> None:
+    """Refuse a gradient of another dtype, which functions of torch and bitsandbytes do not take.
 
     Raises:
-        TypeError: If the dtypes differ; the message names the parameter.
+        TypeError: Always; the message names the parameter.
     """
-    if slot.grad.dtype != slot.param.dtype:
-        raise TypeError(
-            f"{slot.name!r} is {slot.param.dtype} and its gradient {slot.grad.dtype}; AdamW needs "
-            "one dtype. Cast the gradient, or use rounding='stochastic' for bfloat16 parameters"
-        )
+    raise TypeError(
+        f"{name!r} is {param.dtype} and its gradient {grad.dtype}; this algorithm needs one dtype. "
+        f"Cast the gradient{remedy}"
+    )
 
 
 def check_adamw(param: Tensor, group: Group) -> None:

@@ -72,6 +72,7 @@ class Sinkhorn(Method):
         }
     )
     needs = MappingProxyType({k: need for own in TRANSFORMS for k, need in own.needs().items()})
+    resizable = MappingProxyType({k: v for own in TRANSFORMS for k, v in own.resizable.items()})
 
     def __init__(
         self, vectors: Method | None = None, presets: Mapping[str, Any] = MappingProxyType({})

@@ -63,6 +63,7 @@ class Deflate(Transform):
 
     options = MappingProxyType[str, object]({"deflated_rank": 0, "deflated_start": "fixed"})
     switch = "deflated_rank"
+    resizable = MappingProxyType({DIRECTIONS: "row"})
     remedy = "a deflated_rank above 0, e.g. deflated_rank=15"
 
     def check(self, name: str, param: Tensor, group: Group) -> None:

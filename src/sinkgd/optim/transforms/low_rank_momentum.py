@@ -73,6 +73,7 @@ class LowRankMomentum(Transform):
 
     options = MappingProxyType[str, object]({"momentum_rank": 0, "low_rank_momentum": 0.95})
     switch = "momentum_rank"
+    resizable = MappingProxyType({LEFT: "column", RIGHT: "row"})
     remedy = "a momentum_rank above 0, e.g. momentum_rank=16"
 
     def check(self, name: str, param: Tensor, group: Group) -> None:

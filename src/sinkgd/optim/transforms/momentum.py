@@ -66,7 +66,7 @@ class Momentum(Transform):
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse options that are out of range or do not combine."""
-        del name, param
+        del param
         momentum, place = group["momentum"], group["momentum_place"]
         check_decay_rate("momentum", momentum)
         if place not in PLACES:
@@ -75,7 +75,10 @@ class Momentum(Transform):
         if bits not in BITS:
             raise ValueError(f"momentum_bits must be one of {BITS}, got {bits!r}")
         if bits == 8 and momentum and place == "before":
-            raise ValueError("momentum_bits=8 needs an average of updates: momentum_place='after'")
+            raise ValueError(
+                f"momentum_bits=8 needs an average of updates, and the group of {name!r} averages "
+                "gradients: set momentum_place='after', or momentum_bits=32 for this group"
+            )
 
     def init_state(self, param: Tensor, group: Group, state: MutableMapping[str, Any]) -> None:
         """Create B, filled with zeros."""
@@ -206,7 +209,7 @@ def _to_int8(x: Tensor, before: Tensor | None, mu: float) -> Tensor:
     nearest = size.round()
     if before is not None:
         was = _from_int8(before)
-        only_faded = (x - mu * was).abs() <= ROUNDING * was.abs()
+        only_faded = (x - mu * was).abs() <= ROUNDING * mu * was.abs()
         nearest = torch.where(only_faded, size.floor_(), nearest)
     return nearest.clamp_(max=127).copysign_(x).to(torch.int8)
 

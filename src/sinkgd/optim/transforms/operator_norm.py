@@ -127,7 +127,7 @@ def pin(
         matrices: The matrices to update.
         scales: Scales for which ``row * grad * col`` is normalized.
         vectors: v of each matrix, from its state.
-        group: Sets ``operator_norm`` and ``last``.
+        group: Sets ``operator_norm``, ``last`` and ``weight_projection``.
     """
     wide = [Scales(row.double(), col.double()) for row, col in scales]
     every = list(zip(matrices, wide, vectors, strict=True))

@@ -32,6 +32,7 @@ class WarmStart(Transform):
 
     options = MappingProxyType[str, object]({"warm_start": False})
     switch = "warm_start"
+    resizable = MappingProxyType({COL_SCALE: "all"})
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse a parameter whose starts would be sharded."""
