@@ -45,6 +45,7 @@ from sinkgd.lab.report.figures import (
     layout,
 )
 from sinkgd.lab.report.quantities import count, percent
+from sinkgd.lab.report.token_share import MeanShare
 
 
 def judge(results: StudyResults) -> Verdict:
@@ -52,7 +53,9 @@ def judge(results: StudyResults) -> Verdict:
     if (nothing := unfinished(results)) is not None:
         return nothing
     lines = {method: shares(results, method) for method in COMPARED}
-    sentences = [_shares_in_words(method, own) for method, own in lines.items()]
+    sentences = [
+        _shares_in_words(method, own, with_intervals=True) for method, own in lines.items()
+    ]
     sentences += [
         _trend_in_words(method, trend, max(own))
         for method, own in lines.items()
@@ -81,8 +84,9 @@ _RULES = (
     "one, with the rate of matrices divided by the width for all methods but Muon; the largest "
     "size tries its half and its double, too. If these rates suit a method less than another, its "
     "shares err in the same direction at all these sizes. No interval covers this.",
-    "Intervals are 95 %, by Student’s t: those of trends over the means of the sizes, those of "
-    "exponents over all runs. Exponents were searched between 0.01 and 2.",
+    "Intervals are 95 %, by Student’s t: those of shares over the seeds of a size, those of trends "
+    "over the means of the sizes, those of exponents over all runs. Exponents were searched "
+    "between 0.01 and 2.",
     "Nothing here tells the size of the model from what else grows with it: the number of steps, "
     "the batch, and the part of the parameters that are hidden weights.",
 )
@@ -123,12 +127,15 @@ def _headline(results: StudyResults) -> str:
     )
 
 
-def _shares_in_words(method: str, own: Mapping[float, Sequence[float]]) -> str:
+def _shares_in_words(
+    method: str, own: Mapping[float, Sequence[float]], *, with_intervals: bool = False
+) -> str:
     if not own:
         return f"{method} and AdamW have no results at the same size yet."
     if all(q == math.inf for values in own.values() for q in values):
         return f"{method} failed at every finished size."
-    words = ", ".join(f"{_mean_in_words(values)} at {count(n)}" for n, values in own.items())
+    means = {n: _mean_in_words(qs, with_interval=with_intervals) for n, qs in own.items()}
+    words = ", ".join(f"{mean} at {count(n)}" for n, mean in means.items())
     return (
         f"For the final loss of the better AdamW, {method} needs this share of its tokens: {words} "
         f"hidden weights{_if_above(own)}."
@@ -140,21 +147,24 @@ def _if_above(own: Mapping[float, Sequence[float]]) -> str:
     return " (above 100 %: not reached)" if above else ""
 
 
-def _mean_in_words(own: Sequence[float]) -> str:
+def _mean_in_words(own: Sequence[float], *, with_interval: bool = False) -> str:
     """Return the geometric mean over the seeds that have a share, and how many failed.
 
     >>> _mean_in_words([0.5, 0.7, math.inf])
     '59\N{NO-BREAK SPACE}% (failed in 1 of 3 seeds)'
     >>> _mean_in_words([0.5, math.nan])
     '50\N{NO-BREAK SPACE}% (AdamW failed in 1 of 2 seeds)'
+    >>> _mean_in_words([0.8, 0.81, 0.82], with_interval=True)
+    '81\N{NO-BREAK SPACE}% (79 to 84\N{NO-BREAK SPACE}%)'
     """
     failed, of_adamw = sum(q == math.inf for q in own), sum(map(math.isnan, own))
     counts = {"failed": failed, "AdamW failed": of_adamw}
     notes = "; ".join(f"{who} in {n} of {len(own)} seeds" for who, n in counts.items() if n)
-    ended = known(own)
-    if not ended:
+    share = MeanShare.of(known(own))
+    if share is None:
         return notes
-    return percent(geometric_mean(ended)) + (f" ({notes})" if notes else "")
+    words = str(share) if with_interval else percent(share.mean)
+    return words + (f" ({notes})" if notes else "")
 
 
 def _trend_in_words(method: str, trend: Trend, largest: float) -> str:
