@@ -89,6 +89,18 @@ def test_only_the_group_that_was_changed_is_named_and_none_is_updated():
     assert all(torch.equal(param, heavy(i)) for i, param in enumerate(params))
 
 
+def test_an_option_is_checked_where_a_parameter_was_exchanged_too():
+    optimizer, params = stepped("SinkGD")
+    fresh = nn.Parameter(params[0].detach().clone())
+    fresh.grad = heavy(7)
+    optimizer.param_groups[0]["params"][0] = fresh
+    optimizer.param_groups[0]["nonfinite"] = "rise"
+    before = frozen(optimizer)
+    with pytest.raises(ValueError, match="group 0 was changed: nonfinite must be one of"):
+        optimizer.step()
+    assert_same(before, frozen(optimizer))
+
+
 def test_stochastic_rounding_can_be_switched_on_later():
     param = nn.Parameter(heavy().bfloat16())
     optimizer = sinkgd.SinkGD([param], lr=0.1)

@@ -103,8 +103,8 @@ class ParameterIndex:
         if _SCHEDULED.issuperset(changed):
             params = params[:1]
         try:
-            if "algorithm" in changed:
-                was, now = before.options["algorithm"], group["algorithm"]
+            was, now = before.options.get("algorithm"), group["algorithm"]
+            if was not in (None, now):
                 raise ValueError(f"algorithm was {was!r}, now {now!r}; build a new optimizer")
             check_options(group)
             for name, param in params:
@@ -123,7 +123,10 @@ class ParameterIndex:
                     f"{name!r} now has shape {tuple(param.shape)}, and its {misfit} is of another "
                     "shape; build a new optimizer after changing the shape of a parameter"
                 )
-        self._checked = [_checked(group, index) for index, group in enumerate(groups)]
+        # Without options: the next check is of all of them.
+        self._checked = [
+            _checked(group, index)._replace(options={}) for index, group in enumerate(groups)
+        ]
         self._index = None
 
     def find(
