@@ -65,8 +65,14 @@ def test_a_value_out_of_range_is_refused_at_the_next_step(name, option):
             "momentum_bits=8 needs an average of updates, and the group of 'parameter 0 of group 0",
         ),
         ({"weight_decay": 0.1}, {"weight_decay": float("nan")}, "weight_decay must be at least 0"),
-        ({}, {"split": 4}, "split"),
+        ({"deflated_rank": 2, "deflated_start": "kept"}, {"split": 3}, "split was 1, now 3; build"),
+        (
+            {"operator_norm": "unit"},
+            {"layout": "transposed"},
+            "layout was 'auto', now 'transposed'",
+        ),
         ({}, {"algorithm": "adamw"}, "algorithm was 'stateless', now 'adamw'; build a new"),
+        ({}, {"algorithm": "sinkgdd"}, "algorithm was 'stateless', now 'sinkgdd'; build a new"),
     ],
 )
 def test_options_that_do_not_go_together_are_refused_at_the_next_step(options, changes, words):
@@ -76,6 +82,63 @@ def test_options_that_do_not_go_together_are_refused_at_the_next_step(options, c
     with pytest.raises(ValueError, match=rf"^group 0 was changed: .*{words}"):
         optimizer.step()
     assert_same(before, frozen(optimizer))
+
+
+@pytest.mark.parametrize("exchanges", [False, True])
+def test_another_algorithm_is_refused_where_a_parameter_changed_its_dtype_too(exchanges):
+    params = [nn.Parameter(heavy(i)) for i in range(2)]
+    optimizer = sinkgd.SinkGD([{"params": params, "algorithm": "sinkgd"}], lr=0.1)
+    if exchanges:
+        params[0].data = params[0].data.bfloat16()
+        params[0].grad = heavy().bfloat16()
+        optimizer.step()
+    optimizer.param_groups[0]["algorithm"] = "stateless"
+    with pytest.raises(ValueError, match="group 0 was changed: algorithm was 'sinkgd', now"):
+        optimizer.step()
+
+
+def test_an_option_that_was_deleted_is_named():
+    optimizer, _ = stepped("SinkGD")
+    del optimizer.param_groups[0]["nonfinite"]
+    with pytest.raises(ValueError, match="group 0 has lost its nonfinite"):
+        optimizer.step()
+
+
+def test_keys_of_others_and_rates_are_left_alone(monkeypatch):
+    optimizer, _ = stepped("SinkGD")
+    (group,) = optimizer.param_groups
+    calls = []
+    monkeypatch.setattr("sinkgd.optim.parameters.check_param", lambda *args: calls.append(args))
+    for step in range(3):
+        group["mine"], group["count"], group["lr"] = np.arange(step + 2), step, -0.1 * step
+        optimizer.step()
+    assert not calls
+    group["lr"], group["weight_decay"] = torch.tensor(0.1, device="meta"), 0.1
+    optimizer._begin_step()  # does not read the rate, which has no value
+    assert len(calls) == 1
+
+
+@pytest.mark.parametrize("shape", [(9, 14), (9, 9)], ids=str)
+@pytest.mark.parametrize("last", ["row", "column"])
+def test_kept_scales_are_forgotten_where_last_was_changed(last, shape):
+    def update(optimizer, weight, seed):
+        weight.data.zero_()
+        weight.grad = heavy(seed, shape)
+        optimizer.step()
+        return weight.detach().clone()
+
+    def begun(side):
+        weight = nn.Parameter(torch.zeros(shape))
+        options = {"warm_start": True, "sinkhorn_iterations": 1}
+        return sinkgd.SinkGDVariant([weight], lr=0.1, last=side, **options), weight
+
+    optimizer, weight = begun(last)
+    update(optimizer, weight, 0)
+    other = "row" if last == "column" else "column"
+    optimizer.param_groups[0]["last"] = other
+    torch.testing.assert_close(update(optimizer, weight, 1), update(*begun(other), 1))
+    name = {"row": "row_scale", "column": "col_scale"}[other]
+    assert set(optimizer.state[weight]) == {name}
 
 
 def test_only_the_group_that_was_changed_is_named_and_none_is_updated():
@@ -229,3 +292,5 @@ def test_weights_that_no_step_can_write_are_refused_by_name(algorithm, weight, e
     group = {"params": [("w", nn.Parameter(weight))], "algorithm": algorithm}
     with pytest.raises(error, match=rf"'w'.*{words}|{words}.*'w'"):
         sinkgd.SinkGD([group], lr=0.1)
+    frozen_group = {**group, "params": [("w", nn.Parameter(weight, requires_grad=False))]}
+    sinkgd.SinkGD([frozen_group], lr=0.1)  # is never written

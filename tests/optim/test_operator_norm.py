@@ -83,16 +83,3 @@ def test_rows_that_the_weight_projection_removes_do_not_shorten_the_update(shape
     moved = (start - weight.detach()).double() / 1e-3
     assert not moved[kept:].any()
     assert torch.linalg.svdvals(moved)[0].item() == pytest.approx(min(kept, 1), rel=2e-2)
-
-
-@pytest.mark.parametrize("last", ["row", "column"])
-def test_kept_scales_are_forgotten_where_last_was_changed(last):
-    weight = nn.Parameter(torch.zeros(9, 14))
-    optimizer = optimizer_of(weight, warm_start=True, last=last)
-    update_along(heavy(), optimizer, weight)
-    other = "row" if last == "column" else "column"
-    optimizer.param_groups[0]["last"] = other
-    found = update_along(heavy(1), optimizer, weight)
-    fresh = nn.Parameter(torch.zeros(9, 14))
-    expected = update_along(heavy(1), optimizer_of(fresh, warm_start=True, last=other), fresh)
-    assert_close(found, expected)

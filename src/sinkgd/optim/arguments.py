@@ -46,7 +46,7 @@ _RATES = ("lr", "weight_decay")
 
 # Keys of a group that are not options: torch's own, those of its schedulers, timm's factor of a
 # layer, and a name.
-OTHER_KEYS = {
+_OTHER_KEYS = {
     *("params", "param_names", "name", "lr_scale"),
     *("initial_lr", "max_lr", "min_lr", "base_momentum", "max_momentum", "swa_lr"),
 }
@@ -130,7 +130,7 @@ def check_keys(group: Mapping[str, Any], source: str) -> None:
     taken = options_of(group["algorithm"])
     counters = METHODS[group["algorithm"]].counters
     for key in group:
-        if key in OTHER_KEYS or key in taken or key == "algorithm":
+        if key in _OTHER_KEYS or key in taken or key == "algorithm":
             continue
         close = difflib.get_close_matches(key, ["algorithm", *taken], n=1)
         shown = ", ".join(sorted(option for option in taken if option not in counters))

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from sinkgd.distributed.shards import is_dtensor, local, placed_as
 from sinkgd.matrix_views import dims_of, overlaps
-from sinkgd.optim.arguments import OTHER_KEYS, check_kinds
+from sinkgd.optim.arguments import check_kinds, list_names, options_of
 from sinkgd.optim.method import Group, Method, Slot
 from sinkgd.optim.methods import METHODS
 from sinkgd.optim.nonfinite import POLICIES
@@ -24,6 +24,8 @@ from sinkgd.optim.nonfinite import POLICIES
 States = Mapping[Tensor, Mapping[str, Any]]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+# Options that cannot be changed.
+_FIXED = ("algorithm", "layout", "split")
 # Options that schedulers change.
 _SCHEDULED = frozenset({"weight_decay", "momentum", "betas"})
 
@@ -84,6 +86,9 @@ class ParameterIndex:
         """Check parameters and options that did not come through ``add_param_group``."""
         if torch.compiler.is_compiling():
             return
+        if len(groups) == len(self._checked):
+            for index, (group, before) in enumerate(zip(groups, self._checked, strict=True)):
+                _check_fixed(group, before.options, index)
         if not _are_same(groups, self._checked):
             self._check_new(groups, states)
         for index, group in enumerate(groups):
@@ -93,25 +98,24 @@ class ParameterIndex:
         """Check options that were changed, before the step writes anything.
 
         Schedulers change some numbers in every step. If only these have changed, one parameter is
-        enough to check their range.
+        enough to check their range. Rates are not checked: reading one could wait for a device.
         """
-        before = self._checked[index]
-        changed = [key for key in _options_of(group) if not _is_equal(group, before.options, key)]
+        before, options = self._checked[index], _options_of(group)
+        if removed := before.options.keys() - options.keys():
+            raise ValueError(f"group {index} has lost its {list_names(sorted(removed))}; set it")
+        changed = {key: options[key] for key in options if not _is_equal(key, options, before)}
         if not changed:
             return
         params = [*named(group, index)]
         if _SCHEDULED.issuperset(changed):
             params = params[:1]
         try:
-            was, now = before.options.get("algorithm"), group["algorithm"]
-            if was not in (None, now):
-                raise ValueError(f"algorithm was {was!r}, now {now!r}; build a new optimizer")
-            check_options(group)
+            check_options(changed)
             for name, param in params:
                 check_param(name, param, group, METHODS[group["algorithm"]])
         except (TypeError, ValueError) as error:
             raise type(error)(f"group {index} was changed: {error}") from None
-        self._checked[index] = before._replace(options=_options_of(group))
+        self._checked[index] = before._replace(options=options)
 
     def _check_new(self, groups: Sequence[Group], states: States) -> None:
         for index, name, param in _unchecked(groups, self._checked):
@@ -123,10 +127,10 @@ class ParameterIndex:
                     f"{name!r} now has shape {tuple(param.shape)}, and its {misfit} is of another "
                     "shape; build a new optimizer after changing the shape of a parameter"
                 )
-        # Without options: the next check is of all of them.
-        self._checked = [
-            _checked(group, index)._replace(options={}) for index, group in enumerate(groups)
-        ]
+        self._checked = [_checked(group, index) for index, group in enumerate(groups)]
+        for index, own in enumerate(self._checked):  # the next check is of all other options
+            fixed = {name: own.options[name] for name in _FIXED if name in own.options}
+            self._checked[index] = own._replace(options=fixed)
         self._index = None
 
     def find(
@@ -218,22 +222,33 @@ def _checked(group: Group, index: int) -> Checked:
 
 def _options_of(group: Group) -> Group:
     """Return the options that are compared: all but the rate, and what a method counts."""
-    skipped = METHODS[group["algorithm"]].counters if group["algorithm"] in METHODS else ()
-    return {
-        key: value
-        for key, value in group.items()
-        if key not in OTHER_KEYS and key not in skipped and key != "lr"
-    }
+    algorithm = group["algorithm"]
+    names = {"algorithm", *options_of(algorithm)} - METHODS[algorithm].counters - {"lr"}
+    return {name: group[name] for name in names if name in group}
 
 
-def _is_equal(group: Group, before: Group, key: str) -> bool:
+def _is_equal(name: str, options: Group, before: Checked) -> bool:
     """Whether an option has not changed; a tensor is the same only if it is the same object."""
-    value, old = group[key], before.get(key)
+    value, old = options[name], before.options.get(name)
     if value is old:
         return True
     if isinstance(value, Tensor) or isinstance(old, Tensor):
         return False
-    return key in before and bool(value == old)
+    return name in before.options and bool(value == old)
+
+
+def _check_fixed(group: Group, before: Group, index: int) -> None:
+    """Refuse another algorithm, and other matrices: they would need other state.
+
+    Raises:
+        ValueError: If one of these options has changed; the message gives the group and the values.
+    """
+    for name in _FIXED:
+        was, now = before.get(name), group.get(name)
+        if name in before and was is not now and was != now:
+            raise ValueError(
+                f"group {index} was changed: {name} was {was!r}, now {now!r}; build a new optimizer"
+            )
 
 
 def named(group: Group, index: int) -> Iterator[tuple[str, Tensor]]:
@@ -389,13 +404,17 @@ def check_group(group: Group, index: int, method: Method, call: str) -> None:
 def check_options(group: Group) -> None:
     """Refuse options of the wrong kind, and an unknown policy; methods check all other ranges.
 
+    Args:
+        group: All or some options of a group.
+
     Raises:
         TypeError: If an option has the wrong type.
         ValueError: If a rate, a beta or the policy is out of range.
     """
     check_kinds(group)
-    if group["nonfinite"] not in POLICIES:
-        raise ValueError(f"nonfinite must be one of {POLICIES}, got {group['nonfinite']!r}")
+    policy = group.get("nonfinite", POLICIES[0])
+    if policy not in POLICIES:
+        raise ValueError(f"nonfinite must be one of {POLICIES}, got {policy!r}")
 
 
 def check_param(
@@ -421,12 +440,12 @@ def check_param(
         raise TypeError(
             f"{name!r} is {param.dtype}; only real floating-point parameters can be normalized"
         )
-    if param.dtype not in _DTYPES:
+    if param.requires_grad and param.dtype not in _DTYPES:
         raise TypeError(
             f"{name!r} is {param.dtype}, and torch has no arithmetic for it; keep the weights that "
             "are trained in bfloat16 or float32"
         )
-    if overlaps(local(param)):
+    if param.requires_grad and overlaps(local(param)):
         raise ValueError(
             f"entries of {name!r} share memory: its shape is {tuple(param.shape)}, its strides are "
             f"{param.stride()}; give the optimizer a parameter of its own memory, e.g. "

@@ -126,12 +126,12 @@ def _prepare(state: MutableMapping[str, Any], param: Tensor, group: Group, count
     rows = max(sizes_of(param.shape[row_dim], group["split"]), default=0)
     rank = min(group["momentum_rank"], rows, columns)
     shape = shape_of_vectors(param, layout, count * rank)
-    if RIGHT in state and [*state[RIGHT].shape] == shape:
+    places = dict.fromkeys(cols, 1) | {cols[0]: rank}
+    whole = [places.get(dim, size) for dim, size in enumerate(param.shape)]
+    if RIGHT in state and ([*state[RIGHT].shape], [*state[LEFT].shape]) == (shape, whole):
         return
     dtype = torch.promote_types(param.dtype, torch.float32)
     state[RIGHT] = fixed_vectors(param, layout, rank, count).to(dtype)
-    places = dict.fromkeys(cols, 1) | {cols[0]: rank}
-    whole = [places.get(dim, size) for dim, size in enumerate(param.shape)]
     zeros = torch.zeros(whole, dtype=dtype, device=param.device)
     state[LEFT] = shard_except(param, cols, zeros)
 

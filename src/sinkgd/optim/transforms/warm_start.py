@@ -6,7 +6,8 @@ same update. With ``last="row"`` the iterations run on the transpose, whose colu
 
 State: ``state[param]["col_scale"]``, float32: the n column scales of each matrix of the parameter,
 matrix after matrix. The columns are in the order of the parameter's dimensions, even if its memory
-has another order.
+has another order. With ``last="row"`` it is ``"row_scale"``, the m row scales; if ``last`` is
+changed, the scales of the other side are forgotten.
 """
 
 from collections.abc import MutableMapping, Sequence
@@ -24,7 +25,8 @@ from sinkgd.optim.method import Group
 from sinkgd.optim.transform import Batch, Transform, matrices_of
 from sinkgd.optim.transforms.half_step import SMALLEST_START
 
-COL_SCALE = "col_scale"
+# By the last side.
+SCALES = MappingProxyType({"column": "col_scale", "row": "row_scale"})
 
 
 class WarmStart(Transform):
@@ -32,7 +34,6 @@ class WarmStart(Transform):
 
     options = MappingProxyType[str, object]({"warm_start": False})
     switch = "warm_start"
-    resizable = MappingProxyType({COL_SCALE: "all"})
 
     def check(self, name: str, param: Tensor, group: Group) -> None:
         """Refuse a parameter whose starts would be sharded."""
@@ -53,14 +54,16 @@ class WarmStart(Transform):
         ends_with_rows = group["last"] == "row"
         shapes = [_start_shape(grad.mT if ends_with_rows else grad) for grad in grads]
         entries = sum(map(prod, shapes))
-        state[COL_SCALE] = torch.ones(entries, dtype=torch.float32, device=param.device)
+        key = SCALES[group["last"]]
+        state[key] = torch.ones(entries, dtype=torch.float32, device=param.device)
 
     def before(self, batch: Batch) -> Computation[Batch]:
         """Start from what was kept."""
         iterated, starts = batch.iterated, list[Tensor | None]()
+        last = batch.group["last"]
         for slot, state, own, _ in batch.owners():
-            found = _kept_starts(state, [iterated[i].grad for i in own])
-            if batch.group["last"] == "column":
+            found = _kept_starts(state, SCALES[last], [iterated[i].grad for i in own])
+            if last == "column":
                 param, layout = local(slot.param), batch.group["layout"]
                 found = [x if x is None else columns_to_memory(x, param, layout) for x in found]
             starts += found
@@ -74,7 +77,7 @@ class WarmStart(Transform):
                 cols = [columns_from_memory(batch.scales[i].col, param, layout) for i in own]
             else:
                 cols = [batch.scales[i].row.mT for i in own]
-            _keep(state, cols, flag)
+            _keep(state, batch.group["last"], cols, flag)
         return immediate(batch)
 
 
@@ -82,29 +85,31 @@ def _start_shape(grad: Tensor) -> tuple[int, ...]:
     return (*grad.shape[:-2], 1, grad.shape[-1])
 
 
-def _kept_starts(state: MutableMapping[str, Any], grads: Sequence[Tensor]) -> list[Tensor | None]:
-    """Return a start ``(..., 1, n)`` for each matrix of a parameter.
-
-    None if none is kept, or if ``last`` was changed, so that those of the other side are kept.
-    """
-    shapes = [_start_shape(grad) for grad in grads]
-    if COL_SCALE not in state or state[COL_SCALE].numel() != sum(map(prod, shapes)):
+def _kept_starts(
+    state: MutableMapping[str, Any], key: str, grads: Sequence[Tensor]
+) -> list[Tensor | None]:
+    """Return a start ``(..., 1, n)`` for each matrix of a parameter; None if none is kept."""
+    if key not in state:
         return [None] * len(grads)
-    parts = state[COL_SCALE].split([prod(shape) for shape in shapes])
+    shapes = [_start_shape(grad) for grad in grads]
+    parts = state[key].split([prod(shape) for shape in shapes])
     return [
         part.view(shape).to(torch.promote_types(grad.dtype, torch.float32))
         for part, shape, grad in zip(parts, shapes, grads, strict=True)
     ]
 
 
-def _keep(state: MutableMapping[str, Any], cols: Sequence[Tensor], allowed: Tensor | None) -> None:
+def _keep(
+    state: MutableMapping[str, Any], last: str, cols: Sequence[Tensor], allowed: Tensor | None
+) -> None:
     """Keep the column scales of each matrix of a parameter, unless ``allowed`` is False."""
-    found = torch.cat([_start(col).flatten() for col in cols])
-    if COL_SCALE not in state or state[COL_SCALE].shape != found.shape:
-        state[COL_SCALE] = torch.ones_like(found)
+    state.pop(SCALES["row" if last == "column" else "column"], None)
+    key, found = SCALES[last], torch.cat([_start(col).flatten() for col in cols])
+    if key not in state:
+        state[key] = torch.ones_like(found)
     if allowed is not None:
-        found = torch.where(allowed, found, state[COL_SCALE])
-    state[COL_SCALE].copy_(found)
+        found = torch.where(allowed, found, state[key])
+    state[key].copy_(found)
 
 
 def _start(col: Tensor) -> Tensor:

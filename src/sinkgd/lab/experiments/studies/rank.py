@@ -105,7 +105,7 @@ def judge(results: StudyResults) -> Verdict:
         f"The lowest loss at width {width} is that of {one.arm.name}, the smallest or largest rank "
         "tried: others may be lower."
         for width, one in best.items()
-        if is_at_an_end(one, widths[width])
+        if not one.diverged and is_at_an_end(one, widths[width])
     ]
     return Verdict(headline, tuple(sentences), (*cautions(results), *at_the_ends))
 
