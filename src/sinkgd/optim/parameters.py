@@ -37,6 +37,7 @@ class Checked(NamedTuple):
     names: list[str]
     shapes: list[torch.Size]
     dtypes: list[torch.dtype]
+    compared: frozenset[str]  # the names of the options that steps compare with those before
     options: Group
 
     def is_changed(self, i: int, param: Tensor) -> bool:
@@ -100,7 +101,8 @@ class ParameterIndex:
         Schedulers change some numbers in every step. If only these have changed, one parameter is
         enough to check their range. Rates are not checked: reading one could wait for a device.
         """
-        before, options = self._checked[index], _options_of(group)
+        before = self._checked[index]
+        options = {name: group[name] for name in before.compared if name in group}
         if removed := before.options.keys() - options.keys():
             raise ValueError(f"group {index} has lost its {list_names(sorted(removed))}; set it")
         changed = {key: options[key] for key in options if not _is_equal(key, options, before)}
@@ -217,14 +219,11 @@ def _checked(group: Group, index: int) -> Checked:
     names, params = zip(*named(group, index), strict=True) if group["params"] else ((), ())
     shapes = [param.shape for param in params]
     dtypes = [param.dtype for param in params]
-    return Checked([*params], [*names], shapes, dtypes, _options_of(group))
-
-
-def _options_of(group: Group) -> Group:
-    """Return the options that are compared: all but the rate, and what a method counts."""
     algorithm = group["algorithm"]
-    names = {"algorithm", *options_of(algorithm)} - METHODS[algorithm].counters - {"lr"}
-    return {name: group[name] for name in names if name in group}
+    # All but the rate, and what a method counts.
+    compared = {"algorithm", *options_of(algorithm)} - METHODS[algorithm].counters - {"lr"}
+    options = {name: group[name] for name in compared if name in group}
+    return Checked([*params], [*names], shapes, dtypes, frozenset(compared), options)
 
 
 def _is_equal(name: str, options: Group, before: Checked) -> bool:

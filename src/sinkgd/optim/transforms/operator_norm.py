@@ -134,16 +134,16 @@ def pin(
     u = [s.row * product(matrix.grad, (s.col * v).mT) for matrix, s, v in every]
     u = yield sum_over_columns(u, matrices)
     w = [s.col * product(p.grad.mT, s.row * x).mT for (p, s, _), x in zip(every, u, strict=True)]
-    # One message adds up w and the squares of u and of X.
-    numbers = [
-        torch.cat([x.square().sum(-2, keepdim=True), _squares_of(matrix.grad, group)], dim=-1)
-        for x, matrix in zip(u, matrices, strict=True)
-    ]
-    joined = [torch.cat(pair, dim=-1) for pair in zip(w, numbers, strict=True)]
+    # One message adds up w, the squares of u and, after a projection, those of X.
+    squares = [x.square().sum(-2, keepdim=True) for x in u]
+    of_X = [_squares_of(matrix.grad, group) for matrix in matrices]
+    joined = [torch.cat(parts, dim=-1) for parts in zip(w, squares, of_X, strict=True)]
     sums = yield sum_over_rows(joined, matrices)
-    w, u_squares = [x[..., :-2] for x in sums], [x[..., -2:-1] for x in sums]
-    pairs = [(x.square().sum(-1, keepdim=True), y[..., -1:]) for x, y in zip(w, sums, strict=True)]
-    totals = yield sum_over_columns([torch.cat(pair, dim=-1) for pair in pairs], matrices)
+    widths = [[x.shape[-1], 1, y.shape[-1]] for x, y in zip(w, of_X, strict=True)]
+    added = [x.split(width, dim=-1) for x, width in zip(sums, widths, strict=True)]
+    w, u_squares = [own[0] for own in added], [own[1] for own in added]
+    joined = [torch.cat([x.square().sum(-1, keepdim=True), y], dim=-1) for x, _, y in added]
+    totals = yield sum_over_columns(joined, matrices)
     w_squares, X_squares = [x[..., :1] for x in totals], [x[..., 1:] for x in totals]
 
     pinned, kept, finite = [], [], []
@@ -151,8 +151,11 @@ def pin(
         m, n = matrix.shape
         sigma = torch.where(u_squares[i] == 0, 0, w_squares[i] / u_squares[i]).sqrt()
         side = math.sqrt(m if group["last"] == "column" else n)
-        least = torch.where(X_squares[i] == 0, side, (X_squares[i] / min(m, n)).sqrt())
-        sigma = torch.maximum(sigma, least)
+        if group["weight_projection"]:
+            least = (X_squares[i] / min(m, n)).sqrt()
+            sigma = torch.maximum(sigma, torch.where(least == 0, side, least))
+        else:
+            sigma = sigma.clamp(min=side)
         size = math.sqrt(m / n) if group["operator_norm"] == "muon" else 1.0
         row = (scale.row * (size / sigma)).to(scales[i].row.dtype)
         pinned.append(Scales(row, scales[i].col))
@@ -162,12 +165,12 @@ def pin(
 
 
 def _squares_of(X: Tensor, group: Group) -> Tensor:
-    """Return this rank's part of X·X, ``(..., 1, 1)``; 0 if no row of X was removed.
+    """Return this rank's part of X·X, ``(..., 1, 1)``; nothing, ``(..., 1, 0)``, if it is not used.
 
     After ``weight_projection``, the update X is in place of the gradient.
     """
     if not group["weight_projection"]:
-        return X.new_zeros(*X.shape[:-2], 1, 1, dtype=torch.float64)
+        return X.new_zeros(*X.shape[:-2], 1, 0, dtype=torch.float64)
     norm: Tensor = torch.linalg.vector_norm(X, dim=(-2, -1), keepdim=True)
     return norm.double().square()
 
