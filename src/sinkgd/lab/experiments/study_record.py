@@ -24,7 +24,7 @@ from typing import Any, Self
 
 from sinkgd.lab.disk import parse_json
 from sinkgd.lab.recorded_names import NAMING, command_now, name_now, plan_now, start_now
-from sinkgd.lab.report.token_share import final_loss
+from sinkgd.lab.report.analysis import final_loss
 from sinkgd.lab.results import (
     Evaluation,
     Memory,

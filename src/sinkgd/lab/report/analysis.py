@@ -328,6 +328,14 @@ def _losses(recipe: RecipeSummary) -> dict[int, float]:
     return {seed: statistics.fmean(own) for seed, own in losses.items()}
 
 
+def final_loss(run: Run) -> float:
+    """Return a run's final validation loss, nats per token; infinite if it diverged."""
+    if not run.finished or not run.evaluations:
+        return math.inf
+    last = run.evaluations[-1].val_loss
+    return math.inf if math.isnan(last) else last
+
+
 @dataclass(frozen=True)
 class Reach:
     """A point of a run: at an evaluation, or interpolated between two."""

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
-from sinkgd.lab.report.analysis import first_reach
+from sinkgd.lab.report.analysis import final_loss, first_reach
 from sinkgd.lab.report.difference import t_quantile
 from sinkgd.lab.report.quantities import NO_BREAK, percent
 from sinkgd.lab.results import Run
@@ -39,14 +39,6 @@ def token_share(run: Run, other: Run) -> float:
         return _all_tokens(run) / tokens if tokens else math.inf
     tokens = _tokens_to(run, goal)
     return tokens / _all_tokens(other) if tokens else math.nan
-
-
-def final_loss(run: Run) -> float:
-    """Return a run's final validation loss, nats per token; infinite if it diverged."""
-    if not run.finished or not run.evaluations:
-        return math.inf
-    last = run.evaluations[-1].val_loss
-    return math.inf if math.isnan(last) else last
 
 
 def _all_tokens(run: Run) -> float:
