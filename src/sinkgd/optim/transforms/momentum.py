@@ -197,18 +197,16 @@ def _keep(state: MutableMapping[str, Any], param: Tensor, buffer: Tensor, group:
     """Keep B in as many bits as the group asks for."""
     if group["momentum_bits"] == 8:
         kept: Tensor | None = state.get(MOMENTUM)
-        before = kept if kept is not None and kept.dtype == torch.int8 else None
-        code = _to_int8(local(buffer), None if before is None else local(before), group["momentum"])
-        buffer = from_local(param, code)
+        was = _from_int8(local(kept)) if kept is not None and kept.dtype == torch.int8 else None
+        buffer = from_local(param, _to_int8(local(buffer), was, group["momentum"]))
     state[MOMENTUM] = buffer
 
 
-def _to_int8(x: Tensor, before: Tensor | None, mu: float) -> Tensor:
-    """Encode B, given its codes before the step; entries that only faded go toward zero."""
+def _to_int8(x: Tensor, was: Tensor | None, mu: float) -> Tensor:
+    """Encode B, given what it was before the step; entries that only faded go toward zero."""
     size = (x.abs() / LARGEST).sqrt_().mul_(127)
     nearest = size.round()
-    if before is not None:
-        was = _from_int8(before)
+    if was is not None:
         only_faded = (x - mu * was).abs() <= ROUNDING * mu * was.abs()
         nearest = torch.where(only_faded, size.floor_(), nearest)
     return nearest.clamp_(max=127).copysign_(x).to(torch.int8)
