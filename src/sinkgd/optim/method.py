@@ -71,7 +71,7 @@ class Method(ABC):
     # it.
     is_auxiliary: ClassVar[bool] = False
     # State whose size depends on options, and that a step makes anew if they have changed: its
-    # name, and the side that is sized so: "row", "column" or "all".
+    # name, and the side that is sized so: "row" or "column".
     resizable: Mapping[str, str] = MappingProxyType({})
     # Why parameters cannot be updated one by one, and what to do about it; None if they can.
     needs_all_gradients: ClassVar[str | None] = None

@@ -360,8 +360,6 @@ def _have_one_shape(name: str, value: Tensor, expected: Tensor, group: Group) ->
     side = METHODS[group["algorithm"]].resizable.get(name)
     if side is None or value.dim() != expected.dim():
         return value.shape == expected.shape
-    if side == "all":
-        return True
     rows, cols = dims_of(expected.dim(), group["layout"])
     free = rows if side == "row" else cols
     pairs = enumerate(zip(value.shape, expected.shape, strict=True))
