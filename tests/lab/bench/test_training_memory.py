@@ -114,14 +114,17 @@ def test_the_last_step_counts_alone():
 
 
 @pytest.mark.slow
-def test_both_views_agree_where_memory_is_more_than_what_the_system_rounds():
-    given = replace(case(release=True), model="llama-20m", vocab_size=None)
+@pytest.mark.parametrize("release", [True, False])
+def test_both_views_agree_where_no_matrix_is_large(release):
+    # Where a CPU has no instructions for bfloat16, oneDNN computes a product in a float32 buffer
+    # of its own, which the system alone counts. With few tokens, no product is large.
+    given = replace(case(release=release), model="llama-60m")
     uses = [training_memory.measure_in_fresh_processes(given) for _ in range(2)]
     assert not any(isinstance(use, str) for use in uses), uses
     # What the system counts also has pages of libraries that a process happens to load meanwhile,
     # so the lesser of two counts is nearer to the step's own.
     least = min(uses, key=lambda use: use.outside_bytes)
-    assert least.peak_bytes == pytest.approx(least.outside_bytes, rel=0.2)
+    assert least.peak_bytes == pytest.approx(least.outside_bytes, rel=0.1)
 
 
 @pytest.mark.parametrize(

@@ -5,8 +5,9 @@ the profiler lists every allocation and release of torch's allocator, from the i
 weights to the end of the second step; the peak is that of the second step. The profiler's list
 itself takes memory, so a second measurement, from outside, runs in another process without the
 profiler. On a CPU it reads the largest resident size (on Linux VmHWM), less that of the same
-process after steps of a tiny model, when all code is loaded; on CUDA it reads the allocator's own
-counter.
+process after steps of a tiny model, when all code is loaded; this includes buffers that oneDNN
+takes for itself, such as the float32 result of a product in bfloat16 where the CPU has no
+instructions for it. On CUDA it reads the allocator's own counter.
 
 A block is a piece of memory from its allocation to its release. Two kinds of blocks are counted
 within the last step:
