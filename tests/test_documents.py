@@ -216,7 +216,16 @@ def test_the_shares_of_tokens_in_the_evidence_are_recorded(study, arm, control):
     table = verdict[verdict.index(f"## To reach {control}’s final loss") :]
     row = next(line for line in table.splitlines() if line.startswith(f"| {arm} |"))
     share = row.split("|")[4].strip().replace("\xa0", " ").replace(" %)", ")")
-    assert share in prose_of("docs/evidence.md")
+    assert share in prose_of("docs/evidence.md") + prose_of("docs/evidence-notes.md")
+
+
+def test_the_evidence_is_read_in_three_minutes():
+    lines = (ROOT / "docs/evidence.md").read_text(encoding="utf-8").splitlines()
+    rows = [line.split("|") for line in lines]
+    # Commands and records are looked up, not read: the third of the four columns of the claims.
+    read = [" ".join(row[:3] + row[4:]) if len(row) == 6 else " ".join(row) for row in rows]
+    words = re.sub(r"\]\([^)]*\)", "]", " ".join(read)).split()  # without addresses of links
+    assert len(words) <= 3 * 300  # silent reading, words a minute
 
 
 STEPS = "2026-11-28-epyc"
