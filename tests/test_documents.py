@@ -207,6 +207,7 @@ def test_the_demo_of_the_readme_is_the_recorded_one(tmp_path, capsys, monkeypatc
         ("recipes", "default", "adamw"),
         ("pareto-20m", "sinkgd", "adamw"),
         ("recipes-momentum", "default", "adamw-0.5"),
+        ("recipes-momentum", "default", "muon-0.5"),
         ("batch", "sinkgd-batch4", "adamw-batch4"),
         ("batch", "sinkgd-batch64", "adamw-batch64"),
     ],
@@ -217,6 +218,42 @@ def test_the_shares_of_tokens_in_the_evidence_are_recorded(study, arm, control):
     row = next(line for line in table.splitlines() if line.startswith(f"| {arm} |"))
     share = row.split("|")[4].strip().replace("\xa0", " ").replace(" %)", ")")
     assert share in prose_of("docs/evidence.md") + prose_of("docs/evidence-notes.md")
+
+
+def arms_of(study):
+    record = import_module("sinkgd.lab.experiments.study_record").StudyRecord.read(
+        ROOT / f"benchmarks/studies/{study}/study.jsonl"
+    )
+    results = import_module("sinkgd.lab.experiments.study_results").StudyResults.of(record)
+    return {one.arm.name: [result.run for result in one.seeds] for one in results.arms}
+
+
+def test_the_share_of_the_tokens_of_adamw_with_less_momentum_is_the_recorded_one():
+    shares, arms = import_module("sinkgd.lab.report.token_share"), arms_of("beta1")
+    pairs = zip(arms["sinkgd-0.9"], arms["adamw-0.5"], strict=True)
+    share = str(shares.MeanShare.of([shares.token_share(*pair) for pair in pairs]))
+    said = share.replace("\xa0", " ").replace(" %)", ")")
+    assert said in prose_of("docs/evidence.md")
+    assert said in prose_of("docs/evidence-notes.md")
+
+
+def test_what_adamw_loses_by_its_search_is_the_recorded_one():
+    of_losses = import_module("sinkgd.lab.report.difference").Difference.of
+    found, default = arms_of("table1"), arms_of("batch")["adamw-batch16"]
+    searched, ours = found["adamw"][: len(default)], found["sinkgd"][: len(default)]
+    rates = [runs[0].start.config["optimizer"]["lr"] for runs in (searched, default)]
+    assert rates == [0.04, 0.08]  # the second is the recipe's default
+    losses = [
+        {run.start.seed: run.evaluations[-1].val_loss for run in runs}
+        for runs in (searched, default, ours)
+    ]
+    assert said(of_losses(losses[0], losses[1])) in prose_of("docs/evidence.md")
+    for one, other in ((0, 1), (1, 2)):
+        assert said(of_losses(losses[one], losses[other])) in prose_of("docs/evidence-notes.md")
+
+
+def said(difference):
+    return f"{difference.mean:.3f} ± {difference.half_width:.3f}"
 
 
 def test_the_evidence_is_read_in_three_minutes():
