@@ -124,6 +124,12 @@ OPTIMIZERS = [
         has_state=True,
     ),
     Case(
+        "SinkGD-averaged-scales",
+        _with(_matrices, averaged_scales=0.5),
+        FEW,
+        has_state=True,
+    ),
+    Case(
         "SinkGD-deflated-kept",
         _with(_matrices, deflated_rank=2, deflated_start="kept"),
         FEW,

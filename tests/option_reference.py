@@ -28,6 +28,7 @@ class Expected:
     momentum_bits: int = 32
     momentum_rank: int = 0
     low_rank_momentum: float = 0.95
+    averaged_scales: float = 0.0
     last: str = "column"
     first: str | None = None
     tiny_rows: str = "keep"
@@ -84,9 +85,26 @@ class Expected:
         order = [other, self.last] * self.sinkhorn_iterations
         if self.first == self.last:
             order = [self.last, *order]
+        G = D
+        r, c = torch.ones(len(D)).double(), torch.ones(D.shape[1]).double()
         for side in order:
-            D = halves[side](D)
-        return D
+            before, D = D, halves[side](D)
+            dim = 1 if side == "row" else 0
+            growth = D.norm(dim=dim) / before.norm(dim=dim).where(before.norm(dim=dim) > 0, 1)
+            r, c = (r * growth, c) if side == "row" else (r, c * growth)
+        if not self.averaged_scales or not G.any():
+            return D
+        # Only the products r c count: the geometric mean of c is 1.
+        u = c[c > 0].log().mean().exp()
+        return G / torch.outer(self._kept_length("a", r * u), self._kept_length("b", c / u))
+
+    def _kept_length(self, name: str, scale: Tensor) -> Tensor:
+        beta, now = self.averaged_scales, torch.zeros_like(scale)
+        now[scale > 0] = 1 / scale[scale > 0]
+        was = self.kept.get(name, torch.zeros_like(now))
+        mean = (beta * was**2 + (1 - beta) * now**2).sqrt()
+        self.kept[name] = torch.where(was > 0, mean, now)
+        return torch.where(self.kept[name] > 0, self.kept[name], 1.0)
 
     def _deflated(self, X: Tensor) -> Tensor:
         m, n = X.shape

@@ -45,6 +45,7 @@ VALUES = {
     "momentum_bits": (32, 8, 16),
     "momentum_rank": (2, 1, -1),
     "low_rank_momentum": (0.25, 0.5, 1.5),
+    "averaged_scales": (0.25, 0.5, 1.5),
     "last": ("column", "row", "rows"),
     "first": (None, "row", "rows"),
     "tiny_rows": ("keep", "mask", "drop"),
@@ -416,6 +417,7 @@ FITS = {
     "momentum_bits": set(),
     "momentum": {"a fraction"},
     "low_rank_momentum": {"a fraction"},
+    "averaged_scales": {"a fraction"},
     **dict.fromkeys(("base_width", "deflated_rank"), WHOLE | OR_NONE),
     "only": OR_NONE,
     "state_bits": OR_NONE,
@@ -563,7 +565,7 @@ def test_the_arguments_of_param_groups_alone_are_listed():
 
 def test_every_option_of_the_variant_is_refused_by_sinkgd_with_the_call_that_takes_it():
     moved = set(options_of(sinkgd.SinkGDVariant)) - set(options_of(sinkgd.SinkGD))
-    assert len(moved) == 13
+    assert len(moved) == 14
     for option in moved:
         with pytest.raises(TypeError, match=rf"write SinkGDVariant\(params, {option}=...\)"):
             sinkgd.SinkGD([matrix()], lr=0.1, **{option: VALUES[option][1]})

@@ -22,6 +22,7 @@ OPTIONS = {
     "projected, held": {"weight_projection": True, "constant_norm": True},
     "held after momentum": {"momentum": 0.5, "momentum_place": "after", "constant_norm": True},
     "low rank": {"momentum_rank": 2},
+    "averaged scales, deflated": {"averaged_scales": 0.5, "deflated_rank": 2},
     "masked": {"tiny_rows": "mask", "tiny_row_threshold": 0.5},
     "nesterov": {"momentum": 0.9, "nesterov": True},
 }

@@ -32,7 +32,7 @@ def with_grad(param: nn.Parameter, seed: int = 1) -> nn.Parameter:
 
 
 def test_the_table_covers_every_algorithm():
-    assert len(OPTIMIZERS) == 28 - len(ABSENT)
+    assert len(OPTIMIZERS) == 29 - len(ABSENT)
     covered = {
         group["algorithm"] for case in OPTIMIZERS for group in case.build([a_matrix()]).param_groups
     }

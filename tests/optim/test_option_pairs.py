@@ -23,6 +23,7 @@ OPTIONS = {
     "after": {"momentum": 0.5, "momentum_place": "after"},
     "8 bits": {"momentum": 0.5, "momentum_place": "after", "momentum_bits": 8},
     "low rank": {"momentum_rank": 2, "low_rank_momentum": 0.9},
+    "averaged scales": {"averaged_scales": 0.75},
     "last row": {"last": "row"},
     "first column": {"first": "column"},
     "table": {"first": "row", "last": "row"},
@@ -130,7 +131,7 @@ def whole():
 
 
 def test_the_table_is_complete():
-    assert (len(OPTIONS), len(PAIRS)) == (22, 226)
+    assert (len(OPTIONS), len(PAIRS)) == (23, 248)
 
 
 @pytest.mark.parametrize("pair", PAIRS)
@@ -201,6 +202,7 @@ MORE_MESSAGES = {
     "after": (0, 0),
     "8 bits": (0, 0),
     "low rank": (2, 2),
+    "averaged scales": (0, 1),
     "last row": (0, 0),
     "first column": (1, 1),
     "table": (1, 1),

@@ -22,6 +22,9 @@ OPTIONS = {
     "8 bits": {"momentum": 0.5, "momentum_place": "after", "momentum_bits": 8},
     "low rank": {"momentum_rank": 2},
     "low rank, all of it": {"momentum_rank": 9, "low_rank_momentum": 0.5},
+    "averaged scales": {"averaged_scales": 0.75},
+    "averaged scales, deflated": {"averaged_scales": 0.75, "deflated_rank": 2},
+    "averaged scales, last row": {"averaged_scales": 0.75, "last": "row"},
     "last row": {"last": "row"},
     "first column": {"first": "column"},
     "first and last row": {"first": "row", "last": "row"},
@@ -197,6 +200,7 @@ def test_init_state_makes_what_a_first_step_makes(name):
         ({"tiny_row_threshold": -1.0}, "tiny_row_threshold must be at least 0, got -1.0"),
         ({"momentum_rank": -1}, "momentum_rank must be .* at least 0, got -1"),
         ({"low_rank_momentum": 1.0}, r"low_rank_momentum must lie in \[0, 1\), got 1.0"),
+        ({"averaged_scales": 1.0}, r"averaged_scales must lie in \[0, 1\), got 1.0"),
         ({"deflated_start": "last"}, "deflated_start must be one of .*, got 'last'"),
         ({"operator_norm": "spectral"}, "operator_norm must be one of .*, got 'spectral'"),
         (

@@ -65,6 +65,7 @@ RECIPES = {
         momentum=0.9,
         operator_norm="muon",
         momentum_rank=4,
+        averaged_scales=0.9,
         deflated_start="kept",
         sinkhorn_iterations=2,
     ),

@@ -20,6 +20,7 @@ OPTIONS = [
     {"weight_projection": True},
     {"constant_norm": True},
     {"momentum_rank": 2, "low_rank_momentum": 0.5},
+    {"averaged_scales": 0.5},
     {"deflated_rank": 2, "deflated_start": "kept"},
     {"tol": 0.1},
     {"rounding": "stochastic"},

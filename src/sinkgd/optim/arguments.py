@@ -41,7 +41,7 @@ COMMON: Mapping[str, Any] = {"maximize": False, "nonfinite": "raise", "cautious_
 # Options that optimizers of older versions lack, each with the value that keeps the behavior of
 # these versions. A new option of an existing method belongs here: an older pickled optimizer then
 # gets it, and a run of the laboratory that was begun without it can be resumed.
-ADDED_LATER: Mapping[str, Any] = {"cautious_decay": False}
+ADDED_LATER: Mapping[str, Any] = {"cautious_decay": False, "averaged_scales": 0.0}
 _RATES = ("lr", "weight_decay")
 
 # Keys of a group that are not options: torch's own, those of its schedulers, timm's factor of a
@@ -318,7 +318,7 @@ KINDS: Mapping[str, Check] = MappingProxyType(
         **dict.fromkeys(("lr", "weight_decay"), _rate),
         **dict.fromkeys(
             (
-                *("eps", "momentum", "low_rank_momentum", "tiny_row_threshold"),
+                *("eps", "momentum", "low_rank_momentum", "averaged_scales", "tiny_row_threshold"),
                 *("tau", "max_norm", "spike_z"),
             ),
             _number,

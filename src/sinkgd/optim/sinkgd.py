@@ -22,6 +22,7 @@ _OF_VARIANT = {
     name: f"SinkGDVariant(params, {name}=...)"
     for name in (
         *("warm_start", "momentum_place", "momentum_bits", "momentum_rank", "low_rank_momentum"),
+        "averaged_scales",
         *("first", "last", "tiny_rows", "tiny_row_threshold"),
         *("deflated_start", "operator_norm", "weight_projection", "constant_norm"),
     )

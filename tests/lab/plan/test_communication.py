@@ -115,6 +115,7 @@ MADE_BY = {
     "sinkgd-momentum": lambda params: sinkgd.SinkGD(params, lr=1e-3, momentum=0.9),
     "sinkgd-momentum-8bit": variant(momentum=0.9, momentum_place="after", momentum_bits=8),
     "sinkgd-low-rank": variant(momentum_rank=16),
+    "sinkgd-averaged-scales": variant(averaged_scales=0.9),
     "sinkgd-kept": variant(deflated_rank=15, deflated_start="kept"),
     "sinkgd-pinned": variant(operator_norm="unit"),
     "sinkgd-projected": variant(weight_projection=True),

@@ -79,7 +79,8 @@ def test_state_is_what_the_recipe_keeps_after_a_step(name):
 
 def test_every_method_but_three_is_a_recipe_or_one_with_an_option():
     others = [name for name in METHODS if name not in RECIPES]
-    kept = ["sinkgd-momentum-8bit", "sinkgd-low-rank", "sinkgd-kept", "sinkgd-pinned", *VARIANTS]
+    kept = ["sinkgd-momentum-8bit", "sinkgd-low-rank", "sinkgd-averaged-scales", "sinkgd-kept"]
+    kept += ["sinkgd-pinned", *VARIANTS]
     options = ["sinkgd-momentum", *kept, "sinkgd-table", "sron"]
     assert others == ["sinkgd-8bit", *options, "adamw-8bit", "lora"]
 
@@ -166,6 +167,7 @@ def test_state_of_an_option_is_what_it_keeps_after_a_step(name, recipe, options)
     ("name", "rank", "options"),
     [
         ("sinkgd-low-rank", 0, {"momentum_rank": 16}),
+        ("sinkgd-averaged-scales", 0, {"averaged_scales": 0.9}),
         ("sinkgd-kept", 15, {"deflated_start": "kept"}),
     ],
 )

@@ -135,6 +135,18 @@ FAMILY = (
         flops=_low_rank_momentum,
     ),
     Method(
+        "sinkgd-averaged-scales",
+        "SinkGD, averaged scales",
+        "m + n float32 per matrix, 2 per entry of embedding, head, norms",
+        "sinkgd.SinkGDVariant(averaged_scales=...), without deflation",
+        column=1.0,
+        row=1.0,
+        can_release=True,
+        exchange="vectors",
+        sums=(Sums("columns", lambda _: 2),),  # logarithms of the column scales, and their number
+        passes=ITERATIONS + 3,
+    ),
+    Method(
         "sinkgd-kept",
         "SinkGD, directions kept",
         f"{DEFLATED_RANK + 1}·n float32 per matrix, 2 per entry of embedding, head, norms",

@@ -117,6 +117,8 @@ class OptimizerConfig:
     """Rank at which SinkGD remembers earlier gradients, a count; 0 remembers none."""
     low_rank_momentum: float | None = None
     """Decay of the memory that momentum_rank keeps, fraction kept per step."""
+    averaged_scales: float | None = None
+    """Decay of an average of SinkGD's scales over steps, fraction kept per step."""
     last: Side | None = None
     """Side that SR-Sinkhorn normalizes last: column, as in the paper, or row."""
     operator_norm: OperatorNorm | None = None

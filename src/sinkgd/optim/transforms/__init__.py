@@ -4,6 +4,7 @@
 """
 
 from sinkgd.optim.transform import Transform
+from sinkgd.optim.transforms.averaged_scales import AveragedScales
 from sinkgd.optim.transforms.constant_norm import ConstantNorm
 from sinkgd.optim.transforms.deflate import Deflate
 from sinkgd.optim.transforms.half_step import ExtraHalfStep
@@ -21,6 +22,7 @@ TRANSFORMS: tuple[Transform, ...] = (
     TinyRows(),
     ExtraHalfStep(),
     WarmStart(),
+    AveragedScales(),
     Deflate(),
     WeightProjection(),
     OperatorNorm(),

@@ -39,7 +39,7 @@ from sinkgd.exchange import Steps, computation
 from sinkgd.matrix_views import dims_of
 from sinkgd.newton_schulz import or_one
 from sinkgd.optim.apply import step_factor
-from sinkgd.optim.column_vectors import read_vectors, write_vectors_
+from sinkgd.optim.kept_vectors import read_vectors, write_vectors_
 from sinkgd.optim.method import Context, Group, Slot
 from sinkgd.optim.transform import Batch, Scratch, Transform, matrices_of
 from sinkgd.optim.transforms.weight_projection import row_products

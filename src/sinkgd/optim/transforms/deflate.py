@@ -12,7 +12,7 @@ does (https://arxiv.org/abs/2602.11185). The first step then starts from the fix
 vectors of this block replace directions that the last update lacked.
 
 State, only if ``"kept"``: ``state[param]["leading_directions"]``, float32, (k + 1) n numbers per
-matrix, as `sinkgd.optim.column_vectors` shapes and shards them.
+matrix, as `sinkgd.optim.kept_vectors` shapes and shards them.
 """
 
 from collections.abc import MutableMapping, Sequence
@@ -40,7 +40,7 @@ from sinkgd.kernels import Backend, CorrectedScales, Scales, Shared, Stack
 from sinkgd.matrix_views import dims_of, rows_then_columns
 from sinkgd.newton_schulz import is_transposed, or_one
 from sinkgd.number_check import check_whole_number
-from sinkgd.optim.column_vectors import (
+from sinkgd.optim.kept_vectors import (
     normalized_block,
     read_vectors,
     shape_of_vectors,

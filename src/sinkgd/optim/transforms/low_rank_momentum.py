@@ -20,7 +20,7 @@ PowerSGD iterates in the same way to compress gradients.
 State, float32 (float64 for float64), with r the least of ``momentum_rank``, and the rows and the
 columns of the largest matrix of a parameter: ``state[param]["momentum_left"]``, P, has r numbers
 per row, and is sharded like the rows. ``state[param]["momentum_right"]``, Q, has r numbers per
-column of each matrix, as `sinkgd.optim.column_vectors` shapes and shards them. A non-finite
+column of each matrix, as `sinkgd.optim.kept_vectors` shapes and shards them. A non-finite
 gradient leaves P and Q as they are. Scratch: M, for a few matrices at a time. On a mesh these few
 share two messages, or four if both rows and columns are sharded.
 
@@ -45,16 +45,19 @@ from torch import Tensor
 
 from sinkgd.deflation import LowRank, at_once, invert_root, take_away_
 from sinkgd.distributed.all_reduce import sum_over_columns, sum_over_rows
-from sinkgd.distributed.shards import ParamMatrix, local, shard_except
+from sinkgd.distributed.shards import ParamMatrix
 from sinkgd.exchange import Steps, computation
-from sinkgd.matrix_views import dims_of, rows_then_columns, sizes_of
+from sinkgd.matrix_views import dims_of, sizes_of
 from sinkgd.newton_schulz import matrix_buffer, or_one
 from sinkgd.number_check import check_decay_rate, check_whole_number
-from sinkgd.optim.column_vectors import (
+from sinkgd.optim.kept_vectors import (
     normalized_block,
     read_vectors,
+    shape_of_row_vectors,
     shape_of_vectors,
+    view_row_vectors,
     write_vectors_,
+    zero_row_vectors,
 )
 from sinkgd.optim.method import Group, are_finite
 from sinkgd.optim.transform import Batch, Scratch, Transform, matrices_of
@@ -115,7 +118,8 @@ class LowRankMomentum(Transform):
                 kept.copy_(new if flag is None else torch.where(flag, new, kept))
             right = [found[i].right.mT for i in own]
             write_vectors_(state[RIGHT], slot.param, batch.group["layout"], right, flag)
-        return batch._replace(matrices=averages)
+        context = batch.context._replace(loss_scale=None)  # the averages contain none
+        return batch._replace(matrices=averages, context=context)
 
 
 def _prepare(state: MutableMapping[str, Any], param: Tensor, group: Group, count: int) -> None:
@@ -126,22 +130,18 @@ def _prepare(state: MutableMapping[str, Any], param: Tensor, group: Group, count
     rows = max(sizes_of(param.shape[row_dim], group["split"]), default=0)
     rank = min(group["momentum_rank"], rows, columns)
     shape = shape_of_vectors(param, layout, count * rank)
-    places = dict.fromkeys(cols, 1) | {cols[0]: rank}
-    whole = [places.get(dim, size) for dim, size in enumerate(param.shape)]
-    if RIGHT in state and ([*state[RIGHT].shape], [*state[LEFT].shape]) == (shape, whole):
+    left = shape_of_row_vectors(param, layout, rank)
+    if RIGHT in state and ([*state[RIGHT].shape], [*state[LEFT].shape]) == (shape, left):
         return
     dtype = torch.promote_types(param.dtype, torch.float32)
     state[RIGHT] = fixed_vectors(param, layout, rank, count).to(dtype)
-    zeros = torch.zeros(whole, dtype=dtype, device=param.device)
-    state[LEFT] = shard_except(param, cols, zeros)
+    state[LEFT] = zero_row_vectors(param, layout, rank, dtype)
 
 
 def _rows_of(left: Tensor, param: Tensor, batch: Batch, own: range) -> Sequence[Tensor]:
     """View P of a parameter as one ``(..., m, r)`` per matrix; m counts only this rank's rows."""
-    view = rows_then_columns(local(left), local(param), batch.group["layout"])
-    _, cols = dims_of(param.ndim, batch.group["layout"])
-    sizes = [batch.matrices[i].grad.shape[-2] for i in own]
-    return torch.split(view.flatten(param.ndim - len(cols)), sizes, dim=-2)
+    rows = [batch.matrices[i].grad.shape[-2] for i in own]
+    return view_row_vectors(left, param, batch.group["layout"], rows)
 
 
 def _averaged(matrix: ParamMatrix, memory: LowRank, batch: Batch) -> ParamMatrix:

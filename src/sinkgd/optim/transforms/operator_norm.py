@@ -13,7 +13,7 @@ r G (c v) and c Gᵀ (r u). They read G twice. The factor that sets the operator
 into r.
 
 State: ``state[param]["power_vector"]``, float32, n numbers per matrix, as
-`sinkgd.optim.column_vectors` shapes and shards them.
+`sinkgd.optim.kept_vectors` shapes and shards them.
 
 Scratch: one float32 matrix if gradients are narrower than float32, else none; with
 ``deflated_rank``, also a float32 copy of each update. On a mesh the transform costs at most two
@@ -36,7 +36,7 @@ from sinkgd.distributed.shards import ParamMatrix, shard_except
 from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Scales
 from sinkgd.matrix_views import dims_of
-from sinkgd.optim.column_vectors import read_vectors, shape_of_vectors, write_vectors_
+from sinkgd.optim.kept_vectors import read_vectors, shape_of_vectors, write_vectors_
 from sinkgd.optim.method import Group
 from sinkgd.optim.transform import Batch, Scratch, Transform, matrices_of
 

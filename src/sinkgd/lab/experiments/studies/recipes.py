@@ -71,6 +71,7 @@ ADDITIONS: Mapping[str, Addition] = {
     ),
     "kept-directions": Addition({"deflated_start": "kept"}, USUAL, PAPER),
     "low-rank-momentum": Addition({"momentum_rank": 16}, USUAL, PAPER),
+    "averaged-scales": Addition({"averaged_scales": 0.9}, USUAL, PAPER),
     "rank-30": Addition({"deflated_rank": 30}, USUAL, PAPER),
     # The best two and the best three by themselves, together.
     "rank-30-cautious": Addition(RANK_AND_DECAY, USUAL, PAPER),

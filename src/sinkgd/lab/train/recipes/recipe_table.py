@@ -108,7 +108,7 @@ def _check_ranges(options: OptimizerConfig) -> None:
         "reset_every_steps",
         "base_width",
     )
-    decays = ("beta1", "beta2", "momentum", "low_rank_momentum")
+    decays = ("beta1", "beta2", "momentum", "low_rank_momentum", "averaged_scales")
     check(positive, "positive", lambda value: value > 0)
     nonnegative = (
         *("weight_decay", "clip_norm", "n_iter", "rank"),

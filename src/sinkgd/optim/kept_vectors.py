@@ -1,11 +1,12 @@
-"""Vectors with one number for each column of a matrix, which transforms keep in the state.
+"""Vectors with one number for each column, or each row, of a matrix, which transforms keep.
 
-A tensor of such vectors has the parameter's shape, but its row dimension has k entries for each
+A tensor of column vectors has the parameter's shape, but its row dimension has k entries for each
 matrix of the parameter. It is sharded like the parameter, except along the row dimension, which is
-whole on every rank.
+whole on every rank. A tensor of row vectors has the parameter's shape, but the first of its column
+dimensions has k entries, and the others one. It is sharded like the parameter's rows.
 
 Letters, everywhere in this file:
-    n: columns of a matrix; ...: leading batch dimensions
+    m, n: rows and columns of a matrix; ...: leading batch dimensions
     k: the number of vectors of each matrix
     Ω: the fixed block, as `sinkgd.optim.transforms.deflate.fixed_blocks` returns it
 """
@@ -15,7 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from sinkgd.distributed.shards import local
+from sinkgd.distributed.shards import local, shard_except
 from sinkgd.matrix_views import dims_of, rows_then_columns
 from sinkgd.newton_schulz import or_one
 
@@ -51,6 +52,38 @@ def write_vectors_(
     view = rows_then_columns(local(vectors), local(param), layout)
     new = torch.cat(list(found), dim=-2).view(view.shape)
     view.copy_(new if allowed is None else torch.where(allowed, new, view))
+
+
+def zero_row_vectors(param: Tensor, layout: str, vectors: int, dtype: torch.dtype) -> Tensor:
+    """Return ``vectors`` row vectors of zeros for each matrix of a parameter."""
+    _, cols = dims_of(param.ndim, layout)
+    zeros = torch.zeros(
+        shape_of_row_vectors(param, layout, vectors), dtype=dtype, device=param.device
+    )
+    return shard_except(param, cols, zeros)
+
+
+def shape_of_row_vectors(param: Tensor, layout: str, vectors: int) -> list[int]:
+    """Return the shape of the tensor of a parameter's row vectors, ``vectors`` for each matrix."""
+    _, cols = dims_of(param.ndim, layout)
+    places = dict.fromkeys(cols, 1) | {cols[0]: vectors}
+    return [places.get(dim, size) for dim, size in enumerate(param.shape)]
+
+
+def view_row_vectors(
+    vectors: Tensor, param: Tensor, layout: str, rows: Sequence[int]
+) -> Sequence[Tensor]:
+    """View the row vectors of each matrix of a parameter: ``(..., m, k)``.
+
+    Args:
+        vectors: The vectors of a parameter.
+        param: The parameter.
+        layout: Its layout.
+        rows: For each matrix, how many of its rows this rank holds.
+    """
+    view = rows_then_columns(local(vectors), local(param), layout)
+    _, cols = dims_of(param.ndim, layout)
+    return torch.split(view.flatten(param.ndim - len(cols)), list(rows), dim=-2)
 
 
 def normalized_block(block: Tensor, size: Tensor, spare: Tensor) -> Tensor:
