@@ -56,6 +56,10 @@ def walk(
     optimizer = build(params, **options)
     step = change_step(optimizer.step)
     for number in range(steps):
+        if "cross_fit" in options:
+            for i, param in enumerate(params):
+                param.grad = normal(param.shape, 1000 + 10 * number + i, dtype).pow_(3)
+            optimizer.hold_out()
         for i, param in enumerate(params):
             param.grad = normal(param.shape, 10 * number + i, dtype).pow_(3)
         if spoiled:

@@ -29,6 +29,7 @@ class Expected:
     momentum_rank: int = 0
     low_rank_momentum: float = 0.95
     averaged_scales: float = 0.0
+    cross_fit: bool = False
     last: str = "column"
     first: str | None = None
     tiny_rows: str = "keep"
@@ -80,23 +81,31 @@ class Expected:
         return torch.diag(torch.tensor(kept, dtype=torch.float64)) @ D
 
     def _normalized(self, D: Tensor) -> Tensor:
-        halves = {"row": row_projection, "column": column_projection}
+        r, c = self._scales_of(D)
+        if self.cross_fit and "held" in self.kept:
+            r, c = (_like(*pair) for pair in zip(self.kept.pop("held"), (r, c), strict=True))
+        if self.averaged_scales and D.any():
+            # Only the products r c count: the geometric mean of c is 1.
+            u = _geometric_mean(c)
+            return D / torch.outer(self._kept_length("a", r * u), self._kept_length("b", c / u))
+        return torch.outer(r, c) * D
+
+    def hold_out(self, G: Tensor) -> None:
+        """Keep the scales of a gradient for the next step."""
+        self.kept["held"] = self._scales_of(self._masked(G.double()))
+
+    def _scales_of(self, D: Tensor) -> tuple[Tensor, Tensor]:
+        """Return the scales of rows and of columns; 0 for those that are zero."""
         other = "row" if self.last == "column" else "column"
         order = [other, self.last] * self.sinkhorn_iterations
         if self.first == self.last:
             order = [self.last, *order]
-        G = D
-        r, c = torch.ones(len(D)).double(), torch.ones(D.shape[1]).double()
+        scales = {"row": torch.ones(len(D)).double(), "column": torch.ones(D.shape[1]).double()}
+        halves, dims = {"row": row_projection, "column": column_projection}, {"row": 1, "column": 0}
         for side in order:
-            before, D = D, halves[side](D)
-            dim = 1 if side == "row" else 0
-            growth = D.norm(dim=dim) / before.norm(dim=dim).where(before.norm(dim=dim) > 0, 1)
-            r, c = (r * growth, c) if side == "row" else (r, c * growth)
-        if not self.averaged_scales or not G.any():
-            return D
-        # Only the products r c count: the geometric mean of c is 1.
-        u = c[c > 0].log().mean().exp()
-        return G / torch.outer(self._kept_length("a", r * u), self._kept_length("b", c / u))
+            before, D = D.norm(dim=dims[side]), halves[side](D)
+            scales[side] = scales[side] * D.norm(dim=dims[side]) / before.where(before > 0, 1)
+        return scales["row"], scales["column"]
 
     def _kept_length(self, name: str, scale: Tensor) -> Tensor:
         beta, now = self.averaged_scales, torch.zeros_like(scale)
@@ -162,6 +171,22 @@ class Expected:
         sigma = max(w.norm() / u.norm(), least)
         self.kept["v"] = w / w.norm()
         return X * ((math.sqrt(m / n) if self.operator_norm == "muon" else 1.0) / sigma)
+
+
+def _geometric_mean(scales: Tensor) -> Tensor:
+    found = scales[scales > 0]
+    return found.log().mean().exp() if len(found) else torch.ones(()).double()
+
+
+def _like(held: Tensor, own: Tensor) -> Tensor:
+    """Return the step's own scales, moved towards the held ones; their mean square stays."""
+    if not own.any():
+        return own
+    known = (held > 0) & (own > 0)
+    ratio = held[known] / own[known]
+    factor = torch.ones_like(own)
+    factor[known] = (ratio / _geometric_mean(ratio)).clamp(0.5, 2)
+    return own * factor / factor[own > 0].square().mean().sqrt()
 
 
 def _in_a_byte(B: Tensor, faded: Tensor) -> Tensor:

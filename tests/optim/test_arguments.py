@@ -45,6 +45,7 @@ VALUES = {
     "momentum_bits": (32, 8, 16),
     "momentum_rank": (2, 1, -1),
     "low_rank_momentum": (0.25, 0.5, 1.5),
+    "cross_fit": (False, True, None),
     "averaged_scales": (0.25, 0.5, 1.5),
     "last": ("column", "row", "rows"),
     "first": (None, "row", "rows"),
@@ -410,7 +411,7 @@ FITS = {
     **dict.fromkeys(("tiny_row_threshold", "bucket_bytes"), NUMBER),
     **dict.fromkeys(("first", "operator_norm", "overrides"), OR_NONE),
     **dict.fromkeys(("maximize", "cautious_decay", "nesterov", "warm_start", "averaged"), FLAG),
-    **dict.fromkeys(("weight_projection", "constant_norm"), FLAG),
+    **dict.fromkeys(("weight_projection", "constant_norm", "cross_fit"), FLAG),
     **dict.fromkeys(("sinkhorn_iterations", "newton_schulz_steps", "num_iters"), WHOLE),
     **dict.fromkeys(("n_iter", "seed", "clip_delay", "reset_interval", "momentum_rank"), WHOLE),
     "warmup_steps": WHOLE,
@@ -565,7 +566,7 @@ def test_the_arguments_of_param_groups_alone_are_listed():
 
 def test_every_option_of_the_variant_is_refused_by_sinkgd_with_the_call_that_takes_it():
     moved = set(options_of(sinkgd.SinkGDVariant)) - set(options_of(sinkgd.SinkGD))
-    assert len(moved) == 14
+    assert len(moved) == 15
     for option in moved:
         with pytest.raises(TypeError, match=rf"write SinkGDVariant\(params, {option}=...\)"):
             sinkgd.SinkGD([matrix()], lr=0.1, **{option: VALUES[option][1]})

@@ -16,9 +16,9 @@ class SinkGDVariant(SinkGD):
 
     Each option is also an option of groups: ``{"params": ..., "warm_start": True}`` works with
     `SinkGD`, too. Disabled options add no cost. A step applies them in this order: momentum of the
-    gradient, ``momentum_rank``, ``tiny_rows``, the half steps, ``averaged_scales``,
-    ``deflated_rank``, ``weight_projection``, ``operator_norm``, momentum of the update,
-    ``constant_norm``. For vectors, only ``momentum`` has an effect.
+    gradient, ``momentum_rank``, ``tiny_rows``, the half steps, ``cross_fit``,
+    ``averaged_scales``, ``deflated_rank``, ``weight_projection``, ``operator_norm``, momentum of
+    the update, ``constant_norm``. For vectors, only ``momentum`` has an effect.
 
     The algorithm ``"sinkgd-table"`` is a set of these options that secondary sources report for the
     embedding and the head of DeepSeek-V4.1: Nesterov's momentum of 0.95, no update of tiny rows,
@@ -27,13 +27,14 @@ class SinkGDVariant(SinkGD):
     ``param_groups(model, overrides={"embed|head": {"algorithm": "sinkgd-table", ...}})``.
 
     On a mesh, ``tiny_rows``, an extra half step, ``operator_norm`` and ``constant_norm`` each add
-    one message for a process group that shards rows, and ``momentum_rank`` adds two. They add as
-    many for a group that shards columns, except that ``operator_norm`` adds two; there
-    ``weight_projection`` and ``averaged_scales`` add one each, too. A group that does both gets
-    both. ``tiny_rows`` and ``momentum_rank`` copy gradients: they process 256 MiB at a time and
-    send one set of messages per chunk. ``momentum_bits=8`` does the same, and so does
-    ``constant_norm`` with momentum of the update. ``weight_projection``, ``constant_norm``, and
-    ``operator_norm`` with ``deflated_rank`` copy updates, 128 MiB at a time.
+    one message for a process group that shards rows, and ``cross_fit`` and ``momentum_rank`` add
+    two. They add as many for a group that shards columns, except that ``operator_norm`` adds two;
+    there ``weight_projection`` and ``averaged_scales`` add one each, too. A group that does both
+    gets both. `hold_out` sends the messages of the iterations, and those of ``tiny_rows`` and an
+    extra half step. ``tiny_rows`` and ``momentum_rank`` copy gradients: they
+    process 256 MiB at a time and send one set of messages per chunk. ``momentum_bits=8`` does the
+    same, and so does ``constant_norm`` with momentum of the update. ``weight_projection``,
+    ``constant_norm``, and ``operator_norm`` with ``deflated_rank`` copy updates, 128 MiB at a time.
 
     Args:
         params: As in `SinkGD`.
@@ -54,6 +55,9 @@ class SinkGDVariant(SinkGD):
             with r at most min(m, n) of the largest matrix of a parameter; 0 keeps nothing. Copies
             the gradients of a few matrices at a time.
         low_rank_momentum: Decay rate μ of this memory, in [0, 1). Needs ``momentum_rank``.
+        cross_fit: Take the scales from a part of the batch, and the direction from the rest: call
+            `hold_out` between the backward passes of two micro-batches. Keeps m + n float32 per
+            matrix from there to the step. Does not combine with averages of gradients.
         averaged_scales: Decay rate β, in [0, 1), of averages over steps from which the scales of
             rows and columns are taken: their inverse squares are averaged, as in Adam. Without
             ``deflated_rank`` the root-mean-square change of a weight is then ``lr`` only on
@@ -124,6 +128,7 @@ class SinkGDVariant(SinkGD):
         momentum_bits: int = 32,
         momentum_rank: int = 0,
         low_rank_momentum: float = 0.95,
+        cross_fit: bool = False,
         averaged_scales: float = 0.0,
         last: str = "column",
         first: str | None = None,
@@ -144,6 +149,7 @@ class SinkGDVariant(SinkGD):
             "momentum_bits": momentum_bits,
             "momentum_rank": momentum_rank,
             "low_rank_momentum": low_rank_momentum,
+            "cross_fit": cross_fit,
             "averaged_scales": averaged_scales,
             "last": last,
             "first": first,

@@ -41,7 +41,11 @@ COMMON: Mapping[str, Any] = {"maximize": False, "nonfinite": "raise", "cautious_
 # Options that optimizers of older versions lack, each with the value that keeps the behavior of
 # these versions. A new option of an existing method belongs here: an older pickled optimizer then
 # gets it, and a run of the laboratory that was begun without it can be resumed.
-ADDED_LATER: Mapping[str, Any] = {"cautious_decay": False, "averaged_scales": 0.0}
+ADDED_LATER: Mapping[str, Any] = {
+    "cautious_decay": False,
+    "averaged_scales": 0.0,
+    "cross_fit": False,
+}
 _RATES = ("lr", "weight_decay")
 
 # Keys of a group that are not options: torch's own, those of its schedulers, timm's factor of a
@@ -335,7 +339,7 @@ KINDS: Mapping[str, Check] = MappingProxyType(
         **dict.fromkeys(
             (
                 *("maximize", "cautious_decay", "nesterov"),
-                *("warm_start", "weight_projection", "constant_norm"),
+                *("warm_start", "cross_fit", "weight_projection", "constant_norm"),
             ),
             check_flag,
         ),
@@ -355,6 +359,14 @@ OF_PARAM_GROUPS: Mapping[str, str] = MappingProxyType(
             *("betas", "overrides", "base_width", "state_bits", "only"),
         )
     }
+)
+
+# Options that `SinkGDVariant` takes, and `SinkGD` does not.
+OF_VARIANT = (
+    *("warm_start", "momentum_place", "momentum_bits", "momentum_rank", "low_rank_momentum"),
+    *("cross_fit", "averaged_scales"),
+    *("first", "last", "tiny_rows", "tiny_row_threshold"),
+    *("deflated_start", "operator_norm", "weight_projection", "constant_norm"),
 )
 
 # Options of groups that no constructor takes, or only some do.

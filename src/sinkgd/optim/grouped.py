@@ -32,6 +32,7 @@ from sinkgd.optim.arguments import (
 )
 from sinkgd.optim.dependent_options import check_own_options, check_passed_options
 from sinkgd.optim.group_names import unique_name
+from sinkgd.optim.held_out import Found, check_is_held, check_is_used, find_to_hold, forget, hold
 from sinkgd.optim.method import Context, Group, Slot, are_zero
 from sinkgd.optim.methods import METHODS
 from sinkgd.optim.nonfinite import NonFiniteGuard
@@ -266,9 +267,10 @@ class GroupedOptimizer(Optimizer):
                 updated.
             TypeError: If a gradient is sparse, or a trainer has replaced a parameter by a flat
                 tensor.
-            ValueError: If an option of a group was changed to a value that does not fit, or a
-                scheduler has given momentum to a group that was built without it. Nothing was
-                updated.
+            ValueError: If an option of a group was changed to a value that does not fit, a
+                scheduler has given momentum to a group that was built without it, or a group has
+                ``cross_fit=True`` and `hold_out` was not called between two backward passes.
+                Nothing was updated.
         """
         try:
             return self._step(closure)
@@ -279,6 +281,7 @@ class GroupedOptimizer(Optimizer):
             raise
 
     def _step(self, closure: Callable[[], float] | None) -> float | None:
+        holds_out = any(group.get("cross_fit") for group in self.param_groups)
         self._guard.read_flags()
         if closure is None and self.is_probed():
             self.init_state()
@@ -294,17 +297,64 @@ class GroupedOptimizer(Optimizer):
         overflow: Tensor | None = found if isinstance(found, Tensor) else None
         if overflow is not None and overflow.device.type == "cpu":
             if bool(overflow):
+                forget(self.state)
                 return loss
             overflow = None
         self._begin_step()
         slots = self._parameters.slots(self.param_groups, self.state, type(self).__name__)
-        flags = self._update(slots, scale, overflow)
-        for group in self.param_groups:
-            count_step(group)
-        for own in flags:
-            self._guard.take(*own)
-        self._guard.end_step()
+        if holds_out:
+            check_is_used(slots, self.param_groups, self.state)
+        try:
+            flags = self._update(slots, scale, overflow)
+            for group in self.param_groups:
+                count_step(group)
+            for own in flags:
+                self._guard.take(*own)
+            self._guard.end_step()
+        finally:
+            if holds_out:
+                forget(self.state)
         return loss
+
+    @torch.no_grad()
+    def hold_out(self) -> None:
+        """Keep the scales of the gradients so far for the next step, and clear these gradients.
+
+        For the matrices of groups with ``cross_fit=True``, as `sinkgd.optim.transforms.cross_fit`
+        explains; the gradients of all other parameters go on accumulating. Call it once in each
+        step, between the backward passes of two micro-batches. Save checkpoints after the step, not
+        between these two.
+
+        If ranks have parts of the batch, the gradients must be averaged over ranks: with
+        DistributedDataParallel, the backward pass before must run outside ``no_sync()``, or the
+        weights of the ranks drift apart.
+
+        torch.amp.GradScaler does not know the gradients that were held out. If they overflow, the
+        step treats them as non-finite gradients: use ``nonfinite="skip"`` with it.
+
+        Raises:
+            ValueError: If no group has ``cross_fit=True``, no matrix of such a group has a
+                gradient, or `hold_out` was called before in this step; otherwise as in `step`.
+            TypeError: As in `step`.
+        """
+        self._begin_step()
+        found = self._parameters.slots(self.param_groups, self.state, type(self).__name__)
+        held = find_to_hold(found, self.param_groups, self.state)
+        self._hold_out(held)
+        for _, slots in held:
+            for slot in slots:
+                slot.param.grad = None
+
+    @in_full_precision
+    def _hold_out(self, held: Found) -> None:
+        context = Context(self.state, sharers=self._count_sharers(held))
+        exchange(hold(held, self.param_groups, context))
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Clear all gradients, and give up what `hold_out` kept for this step."""
+        super().zero_grad(set_to_none)
+        if any(group.get("cross_fit") for group in self.param_groups):
+            forget(self.state)
 
     @torch.no_grad()
     def update(self, params: Iterable[Tensor]) -> list[Tensor]:
@@ -397,6 +447,8 @@ class GroupedOptimizer(Optimizer):
             if not all_have_values([slot.grad for slot in slots]):
                 self._init_state_of(slots, group)
                 continue
+            if group.get("cross_fit"):
+                check_is_held(index, slots, self.state)
             device = slots[0].param.device
             flag = None if overflow is None else overflow.to(device) != 0
             own_scale = None if scale is None else scale.to(device)

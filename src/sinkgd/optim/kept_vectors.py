@@ -54,6 +54,13 @@ def write_vectors_(
     view.copy_(new if allowed is None else torch.where(allowed, new, view))
 
 
+def zero_column_vectors(param: Tensor, layout: str, vectors: int, dtype: torch.dtype) -> Tensor:
+    """Return column vectors of zeros, ``vectors`` for all matrices of a parameter together."""
+    (row_dim,), _ = dims_of(param.ndim, layout)
+    shape = shape_of_vectors(param, layout, vectors)
+    return shard_except(param, [row_dim], torch.zeros(shape, dtype=dtype, device=param.device))
+
+
 def zero_row_vectors(param: Tensor, layout: str, vectors: int, dtype: torch.dtype) -> Tensor:
     """Return ``vectors`` row vectors of zeros for each matrix of a parameter."""
     _, cols = dims_of(param.ndim, layout)

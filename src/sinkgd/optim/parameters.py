@@ -20,6 +20,7 @@ from sinkgd.optim.arguments import check_kinds, list_names, options_of
 from sinkgd.optim.method import Group, Method, Slot
 from sinkgd.optim.methods import METHODS
 from sinkgd.optim.nonfinite import POLICIES
+from sinkgd.optim.transforms.cross_fit import init_held, is_held
 
 States = Mapping[Tensor, Mapping[str, Any]]
 
@@ -342,6 +343,8 @@ def misfit_of_state(param: Tensor, group: Group, state: Mapping[str, Any]) -> st
     if not any(isinstance(value, Tensor) and value.dim() > 0 for value in state.values()):
         return None
     fresh = _fresh_state(param, group)
+    if is_held(state):
+        init_held(_without_values(param), group, fresh)
     for name, value in state.items():
         expected = fresh.get(name)
         if not isinstance(value, Tensor) or not isinstance(expected, Tensor):
@@ -374,9 +377,12 @@ def has_state(group: Group) -> bool:
 def _fresh_state(param: Tensor, group: Group) -> dict[str, Any]:
     """Return the state of an unsharded parameter before the first step, without values."""
     state: dict[str, Any] = {}
-    whole = torch.empty(param.shape, dtype=param.dtype, device="meta")
-    METHODS[group["algorithm"]].init_state(whole, group, state)
+    METHODS[group["algorithm"]].init_state(_without_values(param), group, state)
     return state
+
+
+def _without_values(param: Tensor) -> Tensor:
+    return torch.empty(param.shape, dtype=param.dtype, device="meta")
 
 
 def check_group(group: Group, index: int, method: Method, call: str) -> None:

@@ -128,6 +128,7 @@ class GradientRelease:
         self._begin_step()
         for param in self._names:
             param.grad = None
+        self._optimizer.zero_grad()
 
     def remove(self) -> None:
         """Apply the waiting gradients, and do not handle those of later backward calls."""
@@ -289,11 +290,11 @@ class GradientRelease:
 
     def _check_backward_ended(self) -> None:
         if self._running:
+            some = f", such as {self._name(next(iter(self._applied)))}" if self._applied else ""
             raise RuntimeError(
                 f"backward raised an exception after it had updated {len(self._applied)} "
-                f"parameters, such as {self._name(next(iter(self._applied)))}. Call "
-                "release.reset() to abandon this step and keep these updates, or load a "
-                "checkpoint to undo them"
+                f"parameters{some}. Call release.reset() to abandon this step and keep these "
+                "updates, or load a checkpoint to undo them"
             )
 
     def _second_gradient(self, param: Tensor) -> str:

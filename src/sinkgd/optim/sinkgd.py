@@ -12,21 +12,10 @@ from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
 from sinkgd.distributed.shards import has_values, local
-from sinkgd.optim.arguments import OF_PARAM_GROUPS, suggest_names
+from sinkgd.optim.arguments import OF_PARAM_GROUPS, OF_VARIANT, suggest_names
 from sinkgd.optim.grouped import GroupedOptimizer
 from sinkgd.optim.method import Group
 from sinkgd.optim.parameters import named
-
-# Options of `sinkgd.contrib.sinkgd_variant`, and the call that takes each.
-_OF_VARIANT = {
-    name: f"SinkGDVariant(params, {name}=...)"
-    for name in (
-        *("warm_start", "momentum_place", "momentum_bits", "momentum_rank", "low_rank_momentum"),
-        "averaged_scales",
-        *("first", "last", "tiny_rows", "tiny_row_threshold"),
-        *("deflated_start", "operator_norm", "weight_projection", "constant_norm"),
-    )
-}
 
 
 class SinkGD(GroupedOptimizer):
@@ -115,7 +104,9 @@ class SinkGD(GroupedOptimizer):
     takes_every_group = True
     none_means = MappingProxyType({"lr": 1e-3, "weight_decay": 0.0, "deflated_rank": 0})
 
-    @suggest_names({**OF_PARAM_GROUPS, **_OF_VARIANT})
+    @suggest_names(
+        {**OF_PARAM_GROUPS, **{name: f"SinkGDVariant(params, {name}=...)" for name in OF_VARIANT}}
+    )
     def __init__(
         self,
         params: ParamsT,

@@ -59,7 +59,7 @@ class Batch(NamedTuple):
     backend: Backend
     matrices: Sequence[ParamMatrix]
     ranges: Sequence[range]  # for each slot, the indices of its matrices
-    keys: Sequence[Tensor] | None  # for each matrix, its key of stochastic rounding
+    keys: Sequence[Tensor] | None = None  # for each matrix, its key of stochastic rounding
     starts: Sequence[Tensor | None] | None = None  # for each of `iterated`; see `Backend.scales`
     # Known after the iterations. The update of a matrix is ``row * grad * col``, less a correction.
     scales: Sequence[Scales | CorrectedScales] = ()  # one for each matrix

@@ -66,6 +66,11 @@ def test_a_mesh_of_sixteen_thousand_ranks_is_planned_with_cost_and_page(
         (["--optimizer", "sinkdg"], 2, "optimizer is 'sinkdg'; did you mean 'sinkgd'?"),
         (["--device", "h300"], 2, "device is 'h300'; did you mean"),
         (["--batch-size", "0"], 2, "batch_size is 0; it must be at least 1"),
+        (
+            ["--optimizer", "sinkgd-cross-fit"],
+            2,
+            "micro_batches is 1, and a step of",
+        ),
         (["--mfu", "1.5"], 2, "mfu is 1.5; it must be above 0 and at most 1"),
         (["--tokens", "0"], 2, "tokens is 0.0; it must be above 0"),
         (["--mesh.dp-shard", "0"], 2, "mesh.dp_shard is 0; it must be at least 1"),

@@ -115,6 +115,7 @@ MADE_BY = {
     "sinkgd-momentum": lambda params: sinkgd.SinkGD(params, lr=1e-3, momentum=0.9),
     "sinkgd-momentum-8bit": variant(momentum=0.9, momentum_place="after", momentum_bits=8),
     "sinkgd-low-rank": variant(momentum_rank=16),
+    "sinkgd-cross-fit": variant(cross_fit=True),
     "sinkgd-averaged-scales": variant(averaged_scales=0.9),
     "sinkgd-kept": variant(deflated_rank=15, deflated_start="kept"),
     "sinkgd-pinned": variant(operator_norm="unit"),
@@ -141,6 +142,12 @@ def test_a_step_on_a_mesh_sends_what_the_plan_says(shape, name, monkeypatch):
     grid, method = Grid(*shape), find_method(name)
     optimizer = step_on_a_mesh(nine, shape, MADE_BY[name])
     with Sent() as sent:
+        if name == "sinkgd-cross-fit":
+            (group,) = optimizer.param_groups
+            grads = [param.grad for param in group["params"]]
+            optimizer.hold_out()
+            for param, grad in zip(group["params"], grads, strict=True):
+                param.grad = grad
         optimizer.step()
     planned = vectors(nine, grid, method)
     assert len(sent.calls) == sum(one.count for one in planned)

@@ -79,8 +79,8 @@ def test_state_is_what_the_recipe_keeps_after_a_step(name):
 
 def test_every_method_but_three_is_a_recipe_or_one_with_an_option():
     others = [name for name in METHODS if name not in RECIPES]
-    kept = ["sinkgd-momentum-8bit", "sinkgd-low-rank", "sinkgd-averaged-scales", "sinkgd-kept"]
-    kept += ["sinkgd-pinned", *VARIANTS]
+    kept = ["sinkgd-momentum-8bit", "sinkgd-low-rank", "sinkgd-cross-fit", "sinkgd-averaged-scales"]
+    kept += ["sinkgd-kept", "sinkgd-pinned", *VARIANTS]
     options = ["sinkgd-momentum", *kept, "sinkgd-table", "sron"]
     assert others == ["sinkgd-8bit", *options, "adamw-8bit", "lora"]
 
@@ -179,6 +179,22 @@ def test_vectors_that_an_option_keeps_are_planned(name, rank, options):
         param.grad = torch.ones_like(param)
     optimizer.step()
     assert planned_state(name) == sum(tensor.nbytes for tensor in state_tensors(optimizer))
+
+
+def test_the_scales_that_are_held_out_are_planned():
+    model = Llama(replace(PRESETS["llama-9m"], vocab_size=600, num_layers=2))
+    optimizer = sinkgd.SinkGDVariant(sinkgd.param_groups(model, deflated_rank=0), cross_fit=True)
+    for part in (optimizer.hold_out, optimizer.step):
+        for param in model.parameters():
+            param.grad = torch.ones_like(param)
+        part()
+        if part == optimizer.hold_out:
+            held = [state.copy() for state in optimizer.state.values() if state]
+    flags = sum(state.pop("held_is_finite").nbytes for state in held)
+    assert flags == len(held)
+    vectors = sum(tensor.nbytes for state in held for tensor in state.values())
+    kept = sum(tensor.nbytes for tensor in state_tensors(optimizer))
+    assert planned_state("sinkgd-cross-fit") == vectors + kept
 
 
 @pytest.mark.parametrize(

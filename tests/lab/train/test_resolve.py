@@ -14,7 +14,7 @@ from sinkgd.lab.train.config import (
     RunConfig,
     TrainingConfig,
 )
-from sinkgd.lab.train.resolve import check_shares, resolve
+from sinkgd.lab.train.resolve import check_micro_batches, check_shares, resolve
 
 
 @pytest.mark.parametrize(
@@ -65,6 +65,28 @@ def test_a_batch_that_ranks_cannot_share_is_refused(micro_batch_size, parts, mes
 
 def test_a_micro_batch_larger_than_a_rank_s_part_is_that_part():
     check_shares(TrainingConfig(batch_size=6, micro_batch_size=6), parts=3)
+
+
+@pytest.mark.parametrize(
+    ("micro", "parts", "message"),
+    [
+        (None, 1, "micro_batch_size is None, and a rank has 8 sequences; use at most 4"),
+        (8, 1, "micro_batch_size is 8, and a rank has 8 sequences; use at most 4"),
+        (4, 2, "micro_batch_size is 4, and a rank has 4 sequences; use at most 2"),
+        (1, 8, "a rank has a single sequence; use a training.batch_size of at least 16"),
+    ],
+)
+def test_scales_of_half_of_the_batch_need_two_micro_batches(micro, parts, message):
+    config = RunConfig(
+        training=TrainingConfig(batch_size=8, micro_batch_size=micro),
+        optimizer=OptimizerConfig(recipe="sinkgd", cross_fit=True),
+    )
+    with pytest.raises(ConfigError, match=message):
+        check_micro_batches(config, parts)
+    if parts == 1:
+        with pytest.raises(ConfigError, match=message):
+            resolve(config)
+    check_micro_batches(replace(config, optimizer=OptimizerConfig(recipe="sinkgd")), parts)
 
 
 def test_resolving_twice_changes_nothing():

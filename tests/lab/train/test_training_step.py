@@ -12,6 +12,7 @@ from sinkgd.lab.data import IGNORE_INDEX, Batch
 from sinkgd.lab.models import build_model
 from sinkgd.lab.train.config import OptimizerConfig, RunConfig, TrainingConfig
 from sinkgd.lab.train.mesh import Mesh
+from sinkgd.lab.train.recipes import build_optimizer, resolve_optimizer
 from sinkgd.lab.train.resolve import resolve
 from sinkgd.lab.train.training_step import NonFiniteLossError, summed_loss, take_step
 from sinkgd.lab.train.world import World
@@ -63,6 +64,26 @@ def test_micro_batches_add_up_to_the_whole_batch(model, padded_batch, micro_batc
     # Sums in another order: a few roundings of float32.
     assert_close(found, expected, rtol=1e-4, atol=1e-7)
     assert (cut_loss, cut_norm) == pytest.approx((loss, norm), rel=1e-5)
+
+
+def test_the_first_half_of_the_micro_batches_gives_the_scales(model, padded_batch):
+    run = config(1)
+    options = resolve_optimizer(OptimizerConfig(recipe="sinkgd", cross_fit=True, clip_norm=0.0))
+    run = replace(run, optimizer=options)
+    models = [copy.deepcopy(model) for _ in range(2)]
+    optimizers = [build_optimizer(own, options) for own in models]
+    take_step(models[0], optimizers[0], padded_batch, run, ALONE, number=1)
+    scored = (padded_batch.targets != IGNORE_INDEX).sum()
+    for row in range(ROWS):
+        own = slice(row, row + 1)
+        loss = summed_loss(models[1](padded_batch.inputs[own]), padded_batch.targets[own]) / scored
+        loss.backward()
+        if row + 1 == ROWS // 2:
+            optimizers[1].hold_out()
+    optimizers[1].step()
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert_close(one, other, rtol=1e-5, atol=1e-7)
+    assert not all(map(torch.equal, models[0].parameters(), model.parameters()))
 
 
 def test_the_loss_is_the_mean_over_scored_targets(model, padded_batch):

@@ -99,7 +99,7 @@ class Plan:
         from rich.console import Console
 
         from sinkgd.lab.disk import claim_folder, write_whole
-        from sinkgd.lab.plan import METHODS, make_plan
+        from sinkgd.lab.plan import make_plan
         from sinkgd.lab.plan.plan_report import answer_lines, headline, plan_page, plan_tables
         from sinkgd.lab.plan.planner import USUAL_METHODS, as_json
         from sinkgd.lab.report.console import fitting_tables
@@ -110,7 +110,7 @@ class Plan:
         progress = Console(stderr=True)
         answer = make_plan(
             question,
-            methods=tuple(METHODS) if self.all else USUAL_METHODS,
+            methods=self._methods() if self.all else USUAL_METHODS,
             echo=lambda line: progress.print(line, markup=False, highlight=False, soft_wrap=True),
         )
         record = as_json(question, answer, self._command())
@@ -146,7 +146,12 @@ class Plan:
         )
 
         self._check()
-        architecture = find_architecture(self.model)
+        architecture, method = find_architecture(self.model), find_method(self.optimizer)
+        if self.micro_batches < method.least_micro_batches:
+            raise ConfigError(
+                f"micro_batches is {self.micro_batches}, and a step of {method.name} needs at "
+                f"least {method.least_micro_batches}"
+            )
         return Question(
             work=Work(
                 architecture=architecture,
@@ -161,12 +166,21 @@ class Plan:
             ),
             grid=Grid.of(self.mesh),
             device=find_device(self.device),
-            method=find_method(self.optimizer),
+            method=method,
             usable=self.memory_fraction,
             mfu=self.mfu,
             tokens=self._tokens(architecture),
             price=self.price_per_gpu_hour,
         )
+
+    def _methods(self) -> tuple[str, ...]:
+        """Return the methods whose steps do not need more micro-batches."""
+        from sinkgd.lab.plan import METHODS
+
+        possible = [
+            own for own in METHODS.values() if own.least_micro_batches <= self.micro_batches
+        ]
+        return tuple(own.name for own in possible)
 
     def _tokens(self, architecture: "Architecture") -> float:
         from sinkgd.lab.plan.rank_model import weights_of

@@ -133,6 +133,9 @@ def _take_a_small_step(config: RunConfig, sizes: ModelSizes) -> None:
     optimizer = build_optimizer(model, config.optimizer)
     tokens = torch.arange(8, dtype=torch.int64, device="cpu").unsqueeze(0)
     loss_of(model, tokens, tokens, None).backward()  # type: ignore[no-untyped-call]
+    if config.optimizer.cross_fit:
+        optimizer.hold_out()  # type: ignore[attr-defined]
+        loss_of(model, tokens, tokens, None).backward()  # type: ignore[no-untyped-call]
     optimizer.step()
 
 

@@ -35,7 +35,9 @@ class Sides(NamedTuple):
 class Sums:
     """Numbers of each matrix that a message adds up, besides those of the iterations."""
 
-    over: Literal["columns", "rows"]  # over ranks that hold other columns, or other rows
+    # Over ranks that hold other columns, or other rows; "sides": over each of them, in one message
+    # if a group shards rows of some matrices and columns of others.
+    over: Literal["columns", "rows", "sides"]
     numbers: Callable[[Sides], int]
 
 
@@ -71,6 +73,7 @@ class Method:
     eight_bit: Literal["all", "rest", "none"] = "none"  # the parameters whose moments take 8 bits
     adapter_rank: int = 0  # of LoRA adapters; above 0, only the adapters are trained
     can_release: bool = False  # whether gradients can be applied inside backward
+    least_micro_batches: int = 1  # of a step
     exchange: Exchange = "nothing"
     iterations: int = ITERATIONS  # exchanges of vectors in a step
     sums: tuple[Sums, ...] = ()  # further messages of a step that exchanges vectors, in order

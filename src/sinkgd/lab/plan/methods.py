@@ -135,6 +135,21 @@ FAMILY = (
         flops=_low_rank_momentum,
     ),
     Method(
+        "sinkgd-cross-fit",
+        "SinkGD, scales from half of the batch",
+        "m + n float32 per matrix until the step, 2 per entry of embedding, head, norms",
+        "sinkgd.SinkGDVariant(cross_fit=True), without deflation; hold_out() and the step together",
+        column=1.0,
+        row=1.0,
+        can_release=True,
+        least_micro_batches=2,
+        exchange="vectors",
+        iterations=2 * ITERATIONS,
+        # A sum of logarithms, a sum of squares, and how many there are of each.
+        sums=2 * (Sums("sides", lambda _: 2),),
+        passes=2 * ITERATIONS + 3,
+    ),
+    Method(
         "sinkgd-averaged-scales",
         "SinkGD, averaged scales",
         "m + n float32 per matrix, 2 per entry of embedding, head, norms",

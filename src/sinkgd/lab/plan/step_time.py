@@ -128,7 +128,8 @@ def _of_sums(weights: Sequence[Weight], method: Method, group: str) -> tuple[int
     """Return the messages of a group for `Method.sums` and `Method.flags`, and their numbers."""
     lengths = []
     for sums in method.sums:
-        cut = [w for w in weights if _is_cut_by_columns(w, group) == (sums.over == "columns")]
+        ways = {"columns": (True,), "rows": (False,), "sides": (True, False)}[sums.over]
+        cut = [w for w in weights if _is_cut_by_columns(w, group) in ways]
         sides = [Sides(w.shard[0], w.divided[1], min(method.memory_rank, *w.shape)) for w in cut]
         lengths.append(sum(map(sums.numbers, sides)))
     count, numbers = len([length for length in lengths if length]), sum(lengths)

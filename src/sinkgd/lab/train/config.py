@@ -117,6 +117,9 @@ class OptimizerConfig:
     """Rank at which SinkGD remembers earlier gradients, a count; 0 remembers none."""
     low_rank_momentum: float | None = None
     """Decay of the memory that momentum_rank keeps, fraction kept per step."""
+    cross_fit: bool | None = None
+    """Whether SinkGD's scales come from the first half of the micro-batches, and the direction from
+    the others. Needs training.micro_batch_size."""
     averaged_scales: float | None = None
     """Decay of an average of SinkGD's scales over steps, fraction kept per step."""
     last: Side | None = None

@@ -60,6 +60,7 @@ def resolve(config: RunConfig) -> RunConfig:
     if training.release_gradients:
         _check_release(optimizer)
     check_shares(training, parts=1)
+    check_micro_batches(config, parts=1)
     return replace(config, model=model, optimizer=optimizer)
 
 
@@ -98,6 +99,27 @@ def check_ranks(optimizer: OptimizerConfig, ranks: int) -> None:
             f"optimizer.recipe is {optimizer.recipe!r}, which needs every weight in one piece, but "
             f"{ranks} ranks would divide it; start one process, or use one of {able}"
         )
+
+
+def check_micro_batches(config: RunConfig, parts: int) -> None:
+    """Refuse ``optimizer.cross_fit`` with a single micro-batch on each of ``parts`` ranks.
+
+    Raises:
+        ConfigError: If a rank's part of the batch is a single micro-batch.
+    """
+    part, micro = config.training.batch_size // parts, config.training.micro_batch_size
+    if not config.optimizer.cross_fit or (micro is not None and micro < part):
+        return
+    said = "optimizer.cross_fit is true, which takes the scales from one half of the micro-batches"
+    if part == 1:
+        raise ConfigError(
+            f"{said}, but a rank has a single sequence; use a training.batch_size of at least "
+            f"{2 * parts}"
+        )
+    raise ConfigError(
+        f"{said}, but training.micro_batch_size is {micro}, and a rank has {part} sequences; use "
+        f"at most {part // 2}"
+    )
 
 
 def _check_release(optimizer: OptimizerConfig) -> None:

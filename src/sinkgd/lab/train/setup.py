@@ -51,7 +51,7 @@ from sinkgd.lab.train.machine import (
 )
 from sinkgd.lab.train.mesh import Mesh, form_mesh, shard_model
 from sinkgd.lab.train.recipes import build_optimizer
-from sinkgd.lab.train.resolve import check_ranks, check_shares
+from sinkgd.lab.train.resolve import check_micro_batches, check_ranks, check_shares
 from sinkgd.lab.train.starting_weights import StartingWeights
 from sinkgd.lab.train.state import TrainingState
 from sinkgd.lab.train.training_step import ReleasedSteps
@@ -126,6 +126,7 @@ def set_up(
     check_ranks(config.optimizer, world.size)
     mesh = form_mesh(config.mesh, world, select_device(training.device))
     check_shares(training, mesh.parts)
+    check_micro_batches(config, mesh.parts)
     dataset = world.first_before_others(lambda: open_dataset(config.data, echo))
     manifest = dataset.manifest
     if begun is not None:

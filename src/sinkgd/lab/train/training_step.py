@@ -12,7 +12,7 @@ Shapes:
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
@@ -75,7 +75,8 @@ def take_step(
             gradients are released: weights with a finite gradient may then be updated already.
     """
     optimizer.zero_grad()
-    loss = _accumulate_gradient(model, batch, config, mesh, released)
+    hold_out = optimizer.hold_out if config.optimizer.cross_fit else None  # type: ignore[attr-defined]
+    loss = _accumulate_gradient(model, batch, config, mesh, released, hold_out)
     if released is None:
         norm, update_seconds = clip_gradient(model, config.optimizer.clip_norm or math.inf), 0.0
     else:
@@ -101,8 +102,12 @@ def _accumulate_gradient(
     config: RunConfig,
     mesh: Mesh,
     released: "ReleasedSteps | None",
+    hold_out: Callable[[], None] | None,
 ) -> Tensor:
-    """Run forward and backward; return this rank's part of the loss."""
+    """Run forward and backward; return this rank's part of the loss.
+
+    ``hold_out`` is called between the first half of the micro-batches and the others.
+    """
     training, device = config.training, mesh.device
     inputs, targets = batch.inputs.to(device), batch.targets.to(device)
     (scored,) = mesh.total(batch.target_count)
@@ -117,6 +122,8 @@ def _accumulate_gradient(
         with nullcontext() if released is None or last else released.accumulate():
             torch.autograd.backward(loss * mesh.parts)  # FSDP2 divides by mesh.parts
         total += loss.detach()
+        if hold_out is not None and rows // size + 1 == len(inputs) // size // 2:
+            hold_out()
     return total
 
 

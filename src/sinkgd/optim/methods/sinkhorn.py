@@ -16,7 +16,7 @@ References:
 from collections.abc import Callable, Mapping, MutableMapping, Sequence
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -46,6 +46,7 @@ from sinkgd.optim.transform import (
     step_in_chunks,
 )
 from sinkgd.optim.transforms import TRANSFORMS
+from sinkgd.optim.transforms.cross_fit import hold_
 from sinkgd.optim.transforms.half_step import SIDES
 
 
@@ -118,12 +119,27 @@ class Sinkhorn(Method):
             step = partial(around, step)
         return step(slots, group, context)
 
-    def _step(self, slots: Sequence[Slot], group: Group, context: Context) -> Computation[Tensor]:
-        """Update vectors and matrices, sharded and plain, each of these kinds in its own step."""
+    def hold_out(
+        self, slots: Sequence[Slot], group: Group, context: Context
+    ) -> Computation[Tensor]:
+        """Keep the scales of matrices for the next step, as `CrossFit` says."""
+        return self._step(slots, group, context, _hold_out)
+
+    def _step(
+        self,
+        slots: Sequence[Slot],
+        group: Group,
+        context: Context,
+        by_parts: "_StepByParts | None" = None,
+    ) -> Computation[Tensor]:
+        """Update vectors and matrices, sharded and plain, each of these kinds in its own step.
+
+        ``by_parts`` is what is done with matrices if a transform is on; by default, a step.
+        """
         vectors, transforms = self._vectors, _active(group)
         kinds = [(x.param.ndim < 2, is_dtensor(x.param)) for x in slots]
         if len(set(kinds)) > 1:
-            return step_by_kind(kinds, slots, lambda own: self._step(own, group, context))
+            return step_by_kind(kinds, slots, lambda own: self._step(own, group, context, by_parts))
         if vectors is not None and slots[0].param.ndim < 2:
             return vectors.step(slots, group, context)
         if not transforms and group["last"] == "column" and slots[0].finite is None:
@@ -131,10 +147,21 @@ class Sinkhorn(Method):
         backend = kernels.select(group["backend"], slots[0].param.device)
         packs, sharded = backend.packs_vectors, kinds[0][1]
         held = [own.scratch(group, packs_vectors=packs, sharded=sharded) for own in transforms]
-        step = partial(_step_by_parts, transforms, held, backend)
+        step = partial(by_parts or _step_by_parts, _Parts(transforms, held, backend))
         if any(own.copies for own in held):
             return step_in_chunks(step, slots, group, context)
         return step(slots, group, context)
+
+
+class _Parts(NamedTuple):
+    """What a step by parts needs: the transforms that are on, what each holds, and the backend."""
+
+    transforms: Sequence[Transform]
+    scratch: Sequence[Scratch]
+    backend: kernels.Backend
+
+
+_StepByParts = Callable[[_Parts, Sequence[Slot], Group, Context], Computation[Tensor]]
 
 
 def _active(group: Group) -> list[Transform]:
@@ -172,30 +199,42 @@ def _step_at_once(slots: Sequence[Slot], group: Group, context: Context) -> Step
 
 @computation
 def _step_by_parts(
-    transforms: Sequence[Transform],
-    held: Sequence[Scratch],
-    backend: kernels.Backend,
-    slots: Sequence[Slot],
-    group: Group,
-    context: Context,
+    parts: _Parts, slots: Sequence[Slot], group: Group, context: Context
 ) -> Steps[Tensor]:
     """Update matrices, applying the transforms in turn. All parameters are DTensors, or none is."""
+    batch = yield _scaled(parts, slots, group, context)
+    keys = draw_matrix_keys(slots, batch.matrices, batch.ranges, group)
+    batch = batch._replace(keys=keys)
+    chunks = late_chunks(batch, parts.scratch)
+    taken: Tensor = yield in_sequence(
+        chunks, lambda own: _finish(parts.transforms, batch.chunk(own))
+    )
+    return taken
+
+
+@computation
+def _hold_out(
+    parts: _Parts, slots: Sequence[Slot], group: Group, context: Context
+) -> Steps[Tensor]:
+    batch = yield _scaled(parts, slots, group, context)
+    return hold_(batch)
+
+
+@computation
+def _scaled(parts: _Parts, slots: Sequence[Slot], group: Group, context: Context) -> Steps[Batch]:
+    """Find the scales of matrices, after what transforms do before."""
     matrices, ranges = param_matrices(slots, layout=group["layout"], split=group["split"])
-    keys = draw_matrix_keys(slots, matrices, ranges, group)
-    batch = Batch(slots, group, context, backend, matrices, ranges, keys)
-    for before in _hooks("before", transforms):
+    batch = Batch(slots, group, context, parts.backend, matrices, ranges)
+    for before in _hooks("before", parts.transforms):
         batch = yield before(batch)
     found: kernels.Descent = yield _solve(batch)
     finite, known = found.finite, known_finite(slots)
-    batch = batch._replace(
+    return batch._replace(
         starts=None,
         # From here on rows are the out-features again.
         scales=[own.mT if group["last"] == "row" else own for own in found.scales],
         finite=finite if known is None else finite & known,
     )
-    chunks = late_chunks(batch, held)
-    taken: Tensor = yield in_sequence(chunks, lambda own: _finish(transforms, batch.chunk(own)))
-    return taken
 
 
 def _solve(batch: Batch) -> Computation[kernels.Descent]:

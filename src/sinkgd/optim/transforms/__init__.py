@@ -6,6 +6,7 @@
 from sinkgd.optim.transform import Transform
 from sinkgd.optim.transforms.averaged_scales import AveragedScales
 from sinkgd.optim.transforms.constant_norm import ConstantNorm
+from sinkgd.optim.transforms.cross_fit import CrossFit
 from sinkgd.optim.transforms.deflate import Deflate
 from sinkgd.optim.transforms.half_step import ExtraHalfStep
 from sinkgd.optim.transforms.low_rank_momentum import LowRankMomentum
@@ -22,6 +23,7 @@ TRANSFORMS: tuple[Transform, ...] = (
     TinyRows(),
     ExtraHalfStep(),
     WarmStart(),
+    CrossFit(),
     AveragedScales(),
     Deflate(),
     WeightProjection(),

@@ -42,16 +42,15 @@ import torch
 from torch import Tensor
 
 from sinkgd.distributed.all_reduce import sum_over_columns
-from sinkgd.distributed.shards import shard_except
 from sinkgd.exchange import Steps, computation
 from sinkgd.kernels import Scales
-from sinkgd.matrix_views import dims_of
 from sinkgd.number_check import check_decay_rate
+from sinkgd.optim.geometric_means import geometric_mean, sum_of_logs
 from sinkgd.optim.kept_vectors import (
     read_vectors,
-    shape_of_vectors,
     view_row_vectors,
     write_vectors_,
+    zero_column_vectors,
     zero_row_vectors,
 )
 from sinkgd.optim.method import Group
@@ -80,7 +79,7 @@ class AveragedScales(Transform):
         """Average the lengths of parameters with finite gradients, and scale by the averages."""
         plain = [own for own in batch.scales if isinstance(own, Scales)]
         assert len(plain) == len(batch.matrices), "deflation comes later"
-        units = yield sum_over_columns([_logs(own.col) for own in plain], batch.matrices)
+        units = yield sum_over_columns([sum_of_logs(own.col) for own in plain], batch.matrices)
         lengths = [_lengths(*own, batch) for own in zip(plain, units, strict=True)]
         scales, beta = list[Scales](), batch.group["averaged_scales"]
         for slot, state, own, flag in batch.owners():
@@ -105,23 +104,13 @@ def _prepare(state: MutableMapping[str, Any], param: Tensor, group: Group, count
     if ROWS in state:
         return
     layout, dtype = group["layout"], torch.promote_types(param.dtype, torch.float32)
-    (row_dim,), _ = dims_of(param.ndim, layout)
     state[ROWS] = zero_row_vectors(param, layout, 1, dtype)
-    zeros = torch.zeros(shape_of_vectors(param, layout, count), dtype=dtype, device=param.device)
-    state[COLUMNS] = shard_except(param, [row_dim], zeros)
-
-
-def _logs(col: Tensor) -> Tensor:
-    """Return the sum of the logarithms of nonzero column scales, and their number."""
-    wide, found = col.double(), col != 0
-    logs = torch.where(found, wide, 1).log()
-    return torch.stack([logs.sum(-1), found.double().sum(-1)], dim=-1)  # (..., 1, 2)
+    state[COLUMNS] = zero_column_vectors(param, layout, count, dtype)
 
 
 def _lengths(scales: Scales, unit: Tensor, batch: Batch) -> Scales:
     """Return the lengths of rows and columns, 1/(r u S) and u/c, in float64."""
-    total, count = unit[..., :1], unit[..., 1:]
-    u = (total / count.clamp(min=1)).exp()
+    u = geometric_mean(unit)
     row, col = scales.row.double() * u, scales.col.double() / u
     if batch.context.loss_scale is not None:
         row = row * batch.context.loss_scale

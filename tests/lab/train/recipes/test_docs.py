@@ -12,6 +12,7 @@ OFF = {
     "momentum_bits": None,
     "momentum_rank": None,
     "low_rank_momentum": None,
+    "cross_fit": None,
     "averaged_scales": None,
     "deflated_start": None,
     "weight_projection": None,

@@ -77,7 +77,7 @@ def test_every_parameter_is_in_one_group(model, name):
 
 
 # Other values than any recipe has; clipping is the trainer's, and adapters are tested below.
-ELSEWHERE = {"clip_norm", "adapters"}
+ELSEWHERE = {"clip_norm", "adapters", "cross_fit"}
 OTHERS = {
     "lr": 0.0123,
     "matrix_lr": 0.0234,

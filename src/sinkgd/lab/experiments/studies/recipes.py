@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from sinkgd.lab.experiments.arms import Arm, Grid
@@ -41,6 +42,8 @@ class Addition(NamedTuple):
     paper_grid: Grid
     # Bytes of state per entry of a hidden matrix; state per row or column is not counted.
     bytes_per_entry: int = 0
+    # Further fields of a run at the scale of a machine.
+    at_machine: Mapping[str, Any] = MappingProxyType({})
 
 
 def _rates(*values: float) -> Grid:
@@ -71,6 +74,13 @@ ADDITIONS: Mapping[str, Addition] = {
     ),
     "kept-directions": Addition({"deflated_start": "kept"}, USUAL, PAPER),
     "low-rank-momentum": Addition({"momentum_rank": 16}, USUAL, PAPER),
+    # The scales come from half of the sequences of a step.
+    "cross-fit": Addition(
+        {"cross_fit": True},
+        USUAL,
+        PAPER,
+        at_machine={"training.micro_batch_size": LONG.training.batch_size // 2},
+    ),
     "averaged-scales": Addition({"averaged_scales": 0.9}, USUAL, PAPER),
     "rank-30": Addition({"deflated_rank": 30}, USUAL, PAPER),
     # The best two and the best three by themselves, together.
@@ -113,7 +123,11 @@ def _arms(*, paper: bool) -> tuple[Arm, ...]:
     candidates = [
         Arm(
             name,
-            {"optimizer.recipe": "sinkgd", **{f"optimizer.{k}": x for k, x in own.options.items()}},
+            {
+                "optimizer.recipe": "sinkgd",
+                **{f"optimizer.{option}": value for option, value in own.options.items()},
+                **({} if paper else own.at_machine),
+            },
             own.paper_grid if paper else own.grid,
             widened=True,
         )

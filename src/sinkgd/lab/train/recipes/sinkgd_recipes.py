@@ -166,7 +166,7 @@ _ADAM: dict[str, float] = {"beta1": 0.9, "beta2": 0.95}
 # Options for which None means the library's default. Runs that were recorded before an option
 # existed had this default.
 _NEWER = (
-    *("momentum_bits", "momentum_rank", "low_rank_momentum", "averaged_scales"),
+    *("momentum_bits", "momentum_rank", "low_rank_momentum", "cross_fit", "averaged_scales"),
     *("deflated_start", "weight_projection", "constant_norm"),
 )
 _DECAY: dict[str, Any] = {"cautious_decay": None}
