@@ -572,6 +572,21 @@ def test_every_option_of_the_variant_is_refused_by_sinkgd_with_the_call_that_tak
             sinkgd.SinkGD([matrix()], lr=0.1, **{option: VALUES[option][1]})
 
 
+def test_every_option_of_an_optimizer_is_refused_by_param_groups_with_the_call_that_takes_it():
+    optimizers = (sinkgd.MNGD, sinkgd.SWAN, sinkgd.SinkGD, sinkgd.SinkGDVariant)
+    options = {option for own in optimizers for option in options_of(own)} - {"params"}
+    of_optimizers = options - set(options_of(sinkgd.param_groups))
+    assert len(of_optimizers) > 20
+    for option in of_optimizers:
+        with pytest.raises(TypeError) as raised:
+            sinkgd.param_groups(Model(), **{option: None})
+        name, found = re.search(
+            r"write (\w+)\(param_groups\(model\), (\w+)=", str(raised.value)
+        ).groups()
+        assert found == option
+        assert option in options_of(getattr(sinkgd, name))
+
+
 @pytest.mark.parametrize("function", [sinkgd.param_groups, sinkgd.scale_groups, sinkgd.SinkGD])
 def test_the_signature_is_the_one_that_is_written(function):
     parameters = inspect.signature(function).parameters

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from sinkgd.matrix_views import dims_of
 from sinkgd.number_check import check_betas, check_flag, check_number
-from sinkgd.optim.arguments import COMMON, find_method, options_of, suggest_names
+from sinkgd.optim.arguments import COMMON, OF_VARIANT, find_method, options_of, suggest_names
 from sinkgd.optim.group_names import name_groups
 from sinkgd.optim.overrides import Overrides, check_fits, check_overrides, match
 from sinkgd.optim.parameters import check_initialized
@@ -38,8 +38,13 @@ _ADAMWS = {None: "adamw", 8: "adamw-8bit"}
 # Arguments of the optimizers, and the call that takes each.
 _OF_OPTIMIZERS = {
     option: f"{optimizer}(param_groups(model), {option}=...)"
-    for optimizer, algorithm in (("MNGD", "mngd"), ("SWAN", "swan"), ("SinkGD", "sinkgd"))
-    for option in (*COMMON, *find_method(algorithm).options)
+    for optimizer, options in (
+        ("MNGD", find_method("mngd").options),
+        ("SWAN", find_method("swan").options),
+        ("SinkGD", (*COMMON, *find_method("sinkgd").options)),
+        ("SinkGDVariant", OF_VARIANT),
+    )
+    for option in options
     if option not in ("deflated_rank", "layout", "split", "rounding_step")
 }
 
