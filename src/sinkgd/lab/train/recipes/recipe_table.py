@@ -84,10 +84,20 @@ def build_optimizer(model: nn.Module, options: OptimizerConfig) -> Optimizer:
 
     Each group also stores its peak learning rate as ``initial_lr``, which torch's schedulers read
     when a run is resumed.
+
+    Raises:
+        ConfigError: If the library refuses options that do not go together.
     """
     recipe = find_recipe(options.recipe)
     taken = {name: getattr(options, name) for name in recipe.defaults}
-    optimizer = recipe.build(model, taken)
+    try:
+        optimizer = recipe.build(model, taken)
+    except ConfigError:
+        raise
+    except ValueError as error:
+        raise ConfigError(
+            f"recipe {options.recipe!r} does not take these options: {error}"
+        ) from error
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
