@@ -38,7 +38,7 @@ def find_to_hold(found: Found, groups: Sequence[Group], states: States) -> Found
     if _are_held(states):
         raise ValueError(
             "hold_out() was called twice in a step, and would discard the gradients in between: "
-            "call it once, or give up the step before with optimizer.zero_grad()"
+            "call it once. If the last step was not taken, optimizer.zero_grad() gives it up"
         )
     own = _matrices(found, groups)
     params = [param for group in takers for param in group["params"]]
