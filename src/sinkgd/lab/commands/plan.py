@@ -81,7 +81,7 @@ class Plan:
     """Print one JSON object instead of tables."""
 
     all: bool = False
-    """Show all methods; by default six, and that of --optimizer."""
+    """Show all methods that --micro-batches allows; by default six, and that of --optimizer."""
 
     out: Path | None = None
     """Folder for plan.json and plan.html."""
