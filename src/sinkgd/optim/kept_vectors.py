@@ -93,6 +93,11 @@ def view_row_vectors(
     return torch.split(view.flatten(param.ndim - len(cols)), list(rows), dim=-2)
 
 
+def in_range(numbers: Tensor, dtype: torch.dtype) -> Tensor:
+    """Convert numbers of a wider dtype; those above its largest number become this number."""
+    return numbers.clamp(max=torch.finfo(dtype).max).to(dtype)
+
+
 def normalized_block(block: Tensor, size: Tensor, spare: Tensor) -> Tensor:
     """Divide vectors by their sizes, and replace those of size 0.
 

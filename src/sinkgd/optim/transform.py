@@ -71,6 +71,13 @@ class Batch(NamedTuple):
         ends_with_rows = self.group["last"] == "row"
         return [matrix.mT if ends_with_rows else matrix for matrix in self.matrices]
 
+    @property
+    def plain_scales(self) -> list[Scales]:
+        """The scales, which must not have corrections yet: deflation comes later."""
+        plain = [own for own in self.scales if isinstance(own, Scales)]
+        assert len(plain) == len(self.matrices), "deflation comes later"
+        return plain
+
     def without_corrections(self) -> tuple[Sequence[ParamMatrix], list[Scales]]:
         """Return matrices and plain scales, for which ``row * grad * col`` are the same updates.
 

@@ -47,6 +47,7 @@ from sinkgd.kernels import Scales
 from sinkgd.number_check import check_decay_rate
 from sinkgd.optim.geometric_means import geometric_mean, sum_of_logs
 from sinkgd.optim.kept_vectors import (
+    in_range,
     read_vectors,
     view_row_vectors,
     write_vectors_,
@@ -77,8 +78,7 @@ class AveragedScales(Transform):
     @computation
     def after(self, batch: Batch) -> Steps[Batch]:
         """Average the lengths of parameters with finite gradients, and scale by the averages."""
-        plain = [own for own in batch.scales if isinstance(own, Scales)]
-        assert len(plain) == len(batch.matrices), "deflation comes later"
+        plain = batch.plain_scales
         units = yield sum_over_columns([sum_of_logs(own.col) for own in plain], batch.matrices)
         lengths = [_lengths(*own, batch) for own in zip(plain, units, strict=True)]
         scales, beta = list[Scales](), batch.group["averaged_scales"]
@@ -92,9 +92,9 @@ class AveragedScales(Transform):
                 here = lengths[i]
                 a, b = _average(was_a, here.row, beta), _average(was_b, here.col, beta)
                 scales.append(_scaled(plain[i], here, Scales(a, b)))
-                new = _in_range(a, was_a)
+                new = in_range(a, was_a.dtype)
                 was_a.copy_(new if flag is None else torch.where(flag, new, was_a))
-                kept.append(_in_range(b, was_b))
+                kept.append(in_range(b, was_b.dtype))
             write_vectors_(state[COLUMNS], slot.param, layout, kept, flag)
         return batch._replace(scales=scales)
 
@@ -130,13 +130,7 @@ def _average(was: Tensor, now: Tensor, beta: float) -> Tensor:
 def _scaled(scales: Scales, now: Scales, average: Scales) -> Scales:
     """Return the inverse averages as scales, in the range of the scales of this step."""
     found: Sequence[Tensor] = [
-        (one.double() * torch.where(mean == 0, 1, length / mean))
-        .clamp(max=torch.finfo(one.dtype).max)
-        .to(one.dtype)
+        in_range(one.double() * torch.where(mean == 0, 1, length / mean), one.dtype)
         for one, length, mean in zip(scales, now, average, strict=True)
     ]
     return Scales(*found)
-
-
-def _in_range(length: Tensor, kept: Tensor) -> Tensor:
-    return length.clamp(max=torch.finfo(kept.dtype).max).to(kept.dtype)

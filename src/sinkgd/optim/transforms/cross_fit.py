@@ -51,6 +51,7 @@ from sinkgd.exchange import Computation, Steps, computation
 from sinkgd.kernels import Scales
 from sinkgd.optim.geometric_means import geometric_mean, sum_of_logs
 from sinkgd.optim.kept_vectors import (
+    in_range,
     read_vectors,
     view_row_vectors,
     write_vectors_,
@@ -92,7 +93,7 @@ class CrossFit(Transform):
     @computation
     def after(self, batch: Batch) -> Steps[Batch]:
         """Scale by what was held out, and remove it; the flags stay until the step has ended."""
-        scales = _plain(batch)
+        scales = batch.plain_scales
         rows = [torch.zeros_like(own.row) for own in scales]
         cols = [torch.zeros_like(own.col) for own in scales]
         finite = list[Tensor]()
@@ -134,7 +135,7 @@ def _cross_fitted(
         batch.matrices,
     )
     return [
-        _in_range(own * f / _quadratic_mean(sums), own.dtype)
+        in_range(own * f / _quadratic_mean(sums), own.dtype)
         for own, f, sums in zip(scales, factors, squares, strict=True)
     ]
 
@@ -149,10 +150,6 @@ def _quadratic_mean(sums: Tensor) -> Tensor:
     """Return the mean ``(..., 1, 1)`` of the factors of `_sum_of_squares`; 1 if none counts."""
     total, count = sums[..., :1], sums[..., 1:]
     return torch.where(count == 0, 1, total / count.clamp(min=1)).sqrt()
-
-
-def _in_range(scales: Tensor, dtype: torch.dtype) -> Tensor:
-    return scales.clamp(max=torch.finfo(dtype).max).to(dtype)
 
 
 def is_held(state: Mapping[str, Any]) -> bool:
@@ -181,21 +178,15 @@ def init_held(param: Tensor, group: Group, state: MutableMapping[str, Any]) -> N
 def hold_(batch: Batch) -> Tensor:
     """Keep the scales of a batch for the next step, and return which gradients are finite."""
     assert batch.finite is not None, "the iterations have run"
-    scales, layout = _plain(batch), batch.group["layout"]
+    scales, layout = batch.plain_scales, batch.group["layout"]
     for (slot, state, own, _), finite in zip(batch.owners(), batch.finite.unbind(), strict=True):
         init_held(slot.param, batch.group, state)
         state[FINITE] = finite.clone()
         for view, i in zip(_views(state, slot.param, batch, own), own, strict=True):
-            view.row.copy_(_in_range(scales[i].row, view.row.dtype))
-        cols = [_in_range(scales[i].col, state[COLUMNS].dtype) for i in own]
+            view.row.copy_(in_range(scales[i].row, view.row.dtype))
+        cols = [in_range(scales[i].col, state[COLUMNS].dtype) for i in own]
         write_vectors_(state[COLUMNS], slot.param, layout, cols, None)
     return batch.finite
-
-
-def _plain(batch: Batch) -> list[Scales]:
-    plain = [own for own in batch.scales if isinstance(own, Scales)]
-    assert len(plain) == len(batch.matrices), "deflation comes later"
-    return plain
 
 
 def _views(
