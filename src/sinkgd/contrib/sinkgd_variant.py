@@ -31,10 +31,10 @@ class SinkGDVariant(SinkGD):
     two. They add as many for a group that shards columns, except that ``operator_norm`` adds two;
     there ``weight_projection`` and ``averaged_scales`` add one each, too. A group that does both
     gets both. `hold_out` sends the messages of the iterations, and those of ``tiny_rows`` and an
-    extra half step. ``tiny_rows`` and ``momentum_rank`` copy gradients: they
-    process 256 MiB at a time and send one set of messages per chunk. ``momentum_bits=8`` does the
-    same, and so does ``constant_norm`` with momentum of the update. ``weight_projection``,
-    ``constant_norm``, and ``operator_norm`` with ``deflated_rank`` copy updates, 128 MiB at a time.
+    extra half step. ``tiny_rows`` and ``momentum_rank`` copy gradients: they process 256 MiB at a
+    time and send one set of messages per chunk. ``momentum_bits=8`` does the same, and so does
+    ``constant_norm`` with momentum of the update. ``weight_projection``, ``constant_norm``, and
+    ``operator_norm`` with ``deflated_rank`` copy updates, 128 MiB at a time.
 
     Args:
         params: As in `SinkGD`.
